@@ -1,0 +1,201 @@
+# Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
+"""Configuration of TheWorld: the Wan VAE's encoder (`world_config`), Gemma (`text_config`), and how they meet."""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+
+
+# Where each Auto class finds its class in a saved folder.
+AUTO_MAP = {
+    "AutoConfig": "configuration_theworld.TheWorldConfig",
+    "AutoModel": "modeling_theworld.TheWorldForConditionalGeneration",
+    "AutoModelForImageTextToText": "modeling_theworld.TheWorldForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_theworld.TheWorldForConditionalGeneration",
+}
+
+TEXT_MODEL_TYPES = ("gemma", "gemma2", "gemma3_text")
+
+
+@strict
+class TheWorldEncoderConfig(PreTrainedConfig):
+    """
+    The encoder half of a diffusers `AutoencoderKLWan`, under diffusers' own field names (misspelling included).
+
+    The defaults are those of `AutoencoderKLWan` in diffusers 0.36 to 0.42, which Cosmos-Predict2's `vae/` uses:
+    53,595,872 encoder parameters.
+
+    Args:
+        base_dim: Channels of the first layer.
+        z_dim: Channels of the latent.
+        dim_mult: Channels of each stage, in units of `base_dim`. Every stage but the last halves height and width.
+        num_res_blocks: Residual blocks of each stage.
+        temperal_downsample: For each halving, whether it also halves time (video only).
+        dropout: Dropout probability inside the residual blocks while training.
+        in_channels: Colour channels of a frame.
+        latents_mean, latents_std: The latent's statistics, one number a channel, used by `normalize_latents`.
+
+    Raises:
+        ValueError: For a variant of the VAE that TheWorld does not read: Wan 2.2's residual blocks or patches, or
+            attention inside the stages.
+    """
+
+    model_type = "theworld_encoder"
+    base_config_key = "world_config"
+
+    base_dim: int = 96
+    z_dim: int = 16
+    dim_mult: list[int] | tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temperal_downsample: list[bool] | tuple[bool, ...] = (False, True, True)
+    dropout: float | int = 0.0
+    in_channels: int = 3
+    # fmt: off
+    latents_mean: list[float | int] | tuple[float | int, ...] = (
+        -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+        0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+    )
+    latents_std: list[float | int] | tuple[float | int, ...] = (
+        2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+        3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+    )
+    # fmt: on
+
+    def __post_init__(self, **kwargs):
+        unsupported = {key: kwargs[key] for key in ("is_residual", "patch_size", "attn_scales") if kwargs.get(key)}
+        if unsupported:
+            raise ValueError(
+                f"TheWorld reads the VAE of Wan 2.1 and Cosmos-Predict2, but this one has {unsupported} "
+                "(Wan 2.2 sets `is_residual` and `patch_size`). Use a VAE without them."
+            )
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Part of `@strict`'s validation: the fields against each other."""
+        if len(self.temperal_downsample) != len(self.dim_mult) - 1:
+            raise ValueError(
+                f"`temperal_downsample` needs one entry for each of the {len(self.dim_mult) - 1} halvings between the "
+                f"{len(self.dim_mult)} stages of `dim_mult`, got {len(self.temperal_downsample)}."
+            )
+        if not len(self.latents_mean) == len(self.latents_std) == self.z_dim:
+            raise ValueError(
+                "`latents_mean` and `latents_std` need one number for each of the latent channels, "
+                f"z_dim={self.z_dim}, got {len(self.latents_mean)} and {len(self.latents_std)}."
+            )
+
+    @property
+    def spatial_compression_ratio(self) -> int:
+        """Pixels a side of the square that one latent position stands for; 8 with the default stages."""
+        return 2 ** (len(self.dim_mult) - 1)
+
+
+@strict
+class TheWorldConfig(PreTrainedConfig):
+    """
+    Configuration of [`TheWorldForConditionalGeneration`].
+
+    Args:
+        world_config: The Wan VAE's encoder; a [`TheWorldEncoderConfig`] or a dict of its fields.
+        text_config: The text model; the config of a Gemma, Gemma 2 or Gemma 3 text model, or a dict with its
+            `model_type`. Default: Gemma 2 2B.
+        projector_type: `"linear"`, or `"mlp"`: linear, GELU, linear.
+        token_layout: `"spatial"`: one world token for each latent position, at any image size. `"channel"`: one for
+            each latent channel, at one image size.
+        latent_merge_size: Latent positions a side that share a token: 2 packs 2x2 positions of 16 numbers into one
+            token of 64, so 512x512 pixels give 1024 tokens instead of 4096.
+        normalize_latents: Whether the latent becomes `(z - latents_mean) / latents_std` before the projection, as
+            diffusers' Cosmos pipelines do.
+        image_size: Pixels a side of the square images; with `token_layout="channel"` only, which needs it.
+        image_token_id: Id of `<world>`, the token that world tokens take the place of. Default: Gemma 2's `<unused0>`.
+        start_of_world_token_id: Id of `<start_of_world>`, just before an image's world tokens.
+        end_of_world_token_id: Id of `<end_of_world>`, just after them.
+
+    Example:
+
+    ```python
+    >>> from theworld import TheWorldConfig
+    >>> TheWorldConfig(latent_merge_size=2).world_token_size
+    64
+
+    ```
+    """
+
+    model_type = "theworld"
+    sub_configs = {"world_config": TheWorldEncoderConfig, "text_config": AutoConfig}
+
+    world_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    projector_type: Literal["linear", "mlp"] = "linear"
+    token_layout: Literal["spatial", "channel"] = "spatial"
+    latent_merge_size: int = 1
+    normalize_latents: bool = False
+    image_size: int | None = None
+    image_token_id: int = 7
+    start_of_world_token_id: int = 8
+    end_of_world_token_id: int = 9
+    tie_word_embeddings: bool = True
+    auto_map: dict | None = None
+
+    def __post_init__(self, **kwargs):
+        if not isinstance(self.world_config, PreTrainedConfig):
+            self.world_config = TheWorldEncoderConfig(**(self.world_config or {}))
+        if not isinstance(self.text_config, PreTrainedConfig):
+            text_config = {"model_type": "gemma2", **(self.text_config or {})}
+            self.text_config = AutoConfig.for_model(**text_config)
+        self.tie_word_embeddings = self.text_config.tie_word_embeddings
+        # Stated here, not left to saving: `save_pretrained` only ever records the one Auto class a model came through.
+        self.auto_map = dict(AUTO_MAP)
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Part of `@strict`'s validation: the fields against each other."""
+        if self.text_config.model_type not in TEXT_MODEL_TYPES:
+            hint = " Give its own `text_config`." if hasattr(self.text_config, "text_config") else ""
+            raise ValueError(
+                f"`text_config` must be a Gemma text model, one of {', '.join(TEXT_MODEL_TYPES)}, "
+                f"got {self.text_config.model_type!r}.{hint}"
+            )
+        if self.latent_merge_size < 1:
+            raise ValueError(f"`latent_merge_size` must be 1 or more, got {self.latent_merge_size}.")
+
+        if self.token_layout == "channel":
+            if self.latent_merge_size != 1:
+                raise ValueError(
+                    f"`latent_merge_size={self.latent_merge_size}` merges positions, and `token_layout='channel'` has "
+                    "no token for a position. Use one or the other."
+                )
+            if not self.image_size or self.image_size % self.patch_size:
+                raise ValueError(
+                    "`token_layout='channel'` is built for one image size: `image_size` must be a positive multiple "
+                    f"of {self.patch_size} pixels, got {self.image_size}."
+                )
+        elif self.image_size is not None:
+            raise ValueError(
+                f"`image_size={self.image_size}` is for `token_layout='channel'`; `'spatial'` takes any image size, "
+                "which is the processor's to choose."
+            )
+
+        token_ids = (self.image_token_id, self.start_of_world_token_id, self.end_of_world_token_id)
+        if len(set(token_ids)) != 3 or not all(0 <= token_id < self.text_config.vocab_size for token_id in token_ids):
+            raise ValueError(
+                "`image_token_id`, `start_of_world_token_id` and `end_of_world_token_id` must be three different ids "
+                f"below the vocabulary's {self.text_config.vocab_size}, got {token_ids}."
+            )
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels a side of the square that one world token stands for; image sides are multiples of it."""
+        return self.world_config.spatial_compression_ratio * self.latent_merge_size
+
+    @property
+    def world_token_size(self) -> int:
+        """Latent numbers that one world token holds, which is the projection's input width."""
+        if self.token_layout == "channel":
+            return (self.image_size // self.patch_size) ** 2
+        return self.world_config.z_dim * self.latent_merge_size**2
+
+
+TheWorldConfig.register_for_auto_class()
+
+__all__ = ["TheWorldConfig", "TheWorldEncoderConfig"]

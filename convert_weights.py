@@ -1,0 +1,596 @@
+# Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
+"""
+Joins a Wan VAE (a diffusers folder) and a Gemma (a transformers folder) into a TheWorld checkpoint.
+
+    python convert_weights.py --vae nvidia/Cosmos-Predict2-2B-Video2World --gemma google/gemma-2-2b-it \
+        --output my-theworld
+
+Tensors go from file to file, a shard at a time. The output folder appears when it is complete, or not at all.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan
+from huggingface_hub import (
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    snapshot_download,
+    split_state_dict_into_shards_factory,
+)
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    SiglipImageProcessorPil,
+)
+
+from theworld import TheWorldConfig, TheWorldEncoderConfig, TheWorldForConditionalGeneration, TheWorldProcessor
+from theworld.modeling_theworld import TheWorldEncoder
+
+
+VAE_CLASS = "AutoencoderKLWan"
+GEMMA_ARCHITECTURES = (
+    "GemmaForCausalLM",
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
+    "Gemma3ForConditionalGeneration",
+)
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# A shard is held in memory while it is written; Gemma 2 2B's embedding alone is 1.2 GB.
+MAX_SHARD_SIZE = "1GB"
+MODEL_FILES = ("configuration_theworld.py", "modeling_theworld.py", "processing_theworld.py")
+HERE = Path(__file__).parent
+
+
+class ConversionError(ValueError):
+    """What the user gave cannot be converted; the message says why and what to do."""
+
+
+def map_vae_key(key: str) -> str | None:
+    """TheWorld's name of a diffusers `AutoencoderKLWan` tensor; None if TheWorld has no use for it."""
+    if key.startswith(("encoder.", "quant_conv.")):
+        return f"model.world_encoder.{key}"
+    if key.startswith(("decoder.", "post_quant_conv.")):
+        return None
+    raise ConversionError(f"The VAE's checkpoint has a tensor {key!r}, which no {VAE_CLASS} has.")
+
+
+def map_gemma_key(key: str) -> str | None:
+    """TheWorld's name of a Gemma tensor, in any layout transformers has saved; None if TheWorld has no use for it."""
+    if re.match(r"(model\.)?(vision_tower|multi_modal_projector)\.", key) or key.endswith("rotary_emb.inv_freq"):
+        return None
+    if key in ("lm_head.weight", "language_model.lm_head.weight"):
+        return "lm_head.weight"
+    # Gemma 3's multimodal checkpoints: as on the Hub, and as transformers has kept them in memory since 4.52.
+    for prefix in ("language_model.model.", "model.language_model.", "model."):
+        if key.startswith(prefix):
+            return f"model.language_model.{key.removeprefix(prefix)}"
+    raise ConversionError(f"Gemma's checkpoint has a tensor {key!r}, which no Gemma text model has.")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder of safetensors: which file holds each tensor. Tensors are read one at a time."""
+
+    files: dict[str, Path]
+
+    @classmethod
+    def open(cls, folder: Path, name: str) -> "Checkpoint":
+        """Reads the names in `{name}.safetensors`, or in `{name}.safetensors.index.json` and its shards."""
+        index, single = folder / f"{name}.safetensors.index.json", folder / f"{name}.safetensors"
+        if index.is_file():
+            weight_map = json.loads(index.read_text())["weight_map"]
+            paths = [folder / file for file in sorted(set(weight_map.values()))]
+        elif single.is_file():
+            paths = [single]
+        else:
+            raise ConversionError(
+                f"{folder} holds neither {single.name} nor {index.name}. Only safetensors checkpoints are read; save "
+                "a pickled one (.bin, .pt, .pth) with `save_pretrained` first."
+            )
+        files = {}
+        for path in paths:
+            if not path.is_file():
+                raise ConversionError(f"{index} names {path.name}, which is missing. Complete the download.")
+            try:
+                with safe_open(path, framework="pt") as file:
+                    files.update(dict.fromkeys(file.keys(), path))
+            except SafetensorError as error:
+                raise ConversionError(f"{path} is no complete safetensors file ({error}). Get it again.") from None
+        return cls(files)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        with safe_open(self.files[key], framework="pt") as file:
+            return tuple(file.get_slice(key).get_shape())
+
+    def load(self, key: str) -> torch.Tensor:
+        with safe_open(self.files[key], framework="pt") as file:
+            return file.get_tensor(key)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder to convert from; `name` and `commit` say where on the Hub it came from, if it did."""
+
+    folder: Path
+    name: str
+    commit: str | None = None
+
+    def read_config(self) -> dict:
+        path = self.folder / "config.json"
+        if not path.is_file():
+            raise ConversionError(f"{self.folder} has no config.json. Give a folder that `save_pretrained` wrote.")
+        return json.loads(path.read_text())
+
+
+def fetch(name: str, revision: str | None, patterns: list[str]) -> Source:
+    """A local folder as it is, or the files of a Hub repo that match `patterns`."""
+    if Path(name).is_dir():
+        return Source(Path(name), name)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ConversionError(f"{name} is neither a folder nor a Hub id (ORG/NAME).")
+    folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    return Source(folder, name, commit=folder.name)
+
+
+def fetch_vae(name: str, revision: str | None, subfolder: str) -> Source:
+    """A VAE folder, or the `subfolder` of a pipeline, of which nothing else is fetched."""
+    prefix = f"{subfolder}/" if subfolder else ""
+    files = ("config.json", "*.safetensors", "*.safetensors.index.json")
+    source = fetch(name, revision, [prefix + file for file in files])
+    nested = source.folder / subfolder
+    return Source(nested, source.name, source.commit) if (nested / "config.json").is_file() else source
+
+
+def fetch_gemma(name: str, revision: str | None) -> Source:
+    return fetch(name, revision, ["*.json", "*.safetensors", "tokenizer.model"])
+
+
+def read_world_config(vae: Source) -> TheWorldEncoderConfig:
+    """The encoder's fields of the VAE's config.json; refuses other VAEs."""
+    fields = vae.read_config()
+    if fields.get("_class_name") != VAE_CLASS:
+        raise ConversionError(
+            f"{vae.name}: expected the config.json of a diffusers {VAE_CLASS}, got {fields.get('_class_name')!r}. "
+            "Name the pipeline's VAE with --vae-subfolder."
+        )
+    known = set(TheWorldEncoderConfig().to_dict()) | {"is_residual", "patch_size", "attn_scales"}
+    return TheWorldEncoderConfig(**{key: value for key, value in fields.items() if key in known})
+
+
+def read_text_config(gemma: Source) -> PreTrainedConfig:
+    """Gemma's text config; refuses other architectures."""
+    architectures = gemma.read_config().get("architectures") or [None]
+    if architectures[0] not in GEMMA_ARCHITECTURES:
+        raise ConversionError(
+            f"{gemma.name}: expected one of {', '.join(GEMMA_ARCHITECTURES)}, got {architectures[0]}."
+        )
+    return AutoConfig.from_pretrained(gemma.folder).get_text_config()
+
+
+def rename_token(node, old: str, new: str):
+    """`node`, decoded JSON, with every key and string that equals `old` replaced."""
+    if isinstance(node, dict):
+        return {new if key == old else key: rename_token(value, old, new) for key, value in node.items()}
+    if isinstance(node, list):
+        return [rename_token(value, old, new) for value in node]
+    return new if node == old else node
+
+
+def add_world_tokens(gemma: Source, folder: Path) -> PreTrainedTokenizerBase:
+    """
+    Gemma's tokenizer with TheWorld's three tokens, by way of files in `folder`.
+
+    They take over the first three `<unusedN>` entries, so that the vocabulary and the embedding stay as they are, or
+    follow the last entry where there are none.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(gemma.folder)
+    unused = [token for token in tokenizer.get_vocab() if re.fullmatch(r"<unused\d+>", token)]
+    unused.sort(key=tokenizer.convert_tokens_to_ids)
+    if len(unused) >= len(TheWorldProcessor.world_tokens):
+        tokenizer.save_pretrained(folder)
+        for path in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
+            content = json.loads(path.read_text())
+            for old, new in zip(unused, TheWorldProcessor.world_tokens, strict=False):
+                content = rename_token(content, old, new)
+            path.write_text(json.dumps(content, ensure_ascii=False, indent=2))
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(list(TheWorldProcessor.world_tokens), special_tokens=True)
+    return tokenizer
+
+
+def build_config(
+    world_config: TheWorldEncoderConfig,
+    text_config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    image_size: int,
+    dtype: str,
+    **layout,
+) -> TheWorldConfig:
+    """The checkpoint's config; `layout` holds the fields that say how the latent becomes tokens."""
+    image_token_id, start_id, end_id = tokenizer.convert_tokens_to_ids(list(TheWorldProcessor.world_tokens))
+    if len(tokenizer) > text_config.vocab_size:
+        text_config.vocab_size = 64 * math.ceil(len(tokenizer) / 64)
+    text_config.dtype = dtype
+    text_config.name_or_path = ""
+    config = TheWorldConfig(
+        world_config=world_config,
+        text_config=text_config,
+        image_size=image_size if layout["token_layout"] == "channel" else None,
+        image_token_id=image_token_id,
+        start_of_world_token_id=start_id,
+        end_of_world_token_id=end_id,
+        dtype=dtype,
+        architectures=[TheWorldForConditionalGeneration.__name__],
+        **layout,
+    )
+    if image_size < 1 or image_size % config.patch_size:
+        raise ConversionError(f"--image-size must be a positive multiple of {config.patch_size}, got {image_size}.")
+    return config
+
+
+def build_processor(config: TheWorldConfig, tokenizer: PreTrainedTokenizerBase, image_size: int) -> TheWorldProcessor:
+    return TheWorldProcessor(
+        SiglipImageProcessorPil(
+            size={"height": image_size, "width": image_size}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        ),
+        tokenizer,
+        chat_template=(HERE / "chat_template.jinja").read_text(),
+        patch_size=config.patch_size,
+        image_seq_length=config.world_config.z_dim if config.token_layout == "channel" else None,
+    )
+
+
+def append_mean_rows(table: torch.Tensor, rows: int) -> torch.Tensor:
+    """`table` [V, D] with `rows` more rows, each the mean of those there."""
+    mean = table.mean(0, dtype=torch.float32).to(table.dtype)
+    return torch.cat([table, mean.expand(rows, -1)])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where each tensor of the model comes from, and which source tensors it has no use for."""
+
+    shapes: dict[str, torch.Size]
+    sources: dict[str, tuple[Checkpoint, str]]
+    fresh: dict[str, torch.Tensor]
+    dropped: list[str]
+
+    def load(self, name: str) -> torch.Tensor:
+        if name in self.fresh:
+            return self.fresh[name]
+        checkpoint, key = self.sources[name]
+        tensor = checkpoint.load(key)
+        new_rows = len(self.shapes[name]) and self.shapes[name][0] - len(tensor)
+        return append_mean_rows(tensor, new_rows) if new_rows else tensor
+
+
+def plan_tensors(
+    model: TheWorldForConditionalGeneration,
+    vocab_size: int,
+    mapped_checkpoints: list[tuple[Checkpoint, Callable[[str], str | None]]],
+) -> Plan:
+    """
+    Finds a source for every tensor of `model`, a model on the meta device; the projection's are freshly initialised.
+
+    Refuses checkpoints that are not exactly what their configs describe; `vocab_size` is the source Gemma's.
+    """
+    tied = model.all_tied_weights_keys
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in tied}
+
+    torch.manual_seed(0)
+    projection = model.model.world_projection.to_empty(device="cpu")
+    for module in projection.modules():
+        model._init_weights(module)
+    fresh = projection.state_dict(prefix="model.world_projection.")
+
+    sources, dropped = {}, []
+    for checkpoint, map_key in mapped_checkpoints:
+        for key in checkpoint.files:
+            name = map_key(key)
+            if name is None or name in tied:
+                dropped.append(key)
+            elif name not in shapes:
+                raise ConversionError(f"Tensor {key!r} has no place in the model that its config.json describes.")
+            elif name in sources:
+                raise ConversionError(f"Tensors {sources[name][1]!r} and {key!r} both stand for {name!r}.")
+            else:
+                sources[name] = (checkpoint, key)
+    missing = sorted(set(shapes) - set(sources) - set(fresh))
+    if missing:
+        raise ConversionError(f"{len(missing)} tensor(s) are missing from the checkpoints, such as {missing[0]!r}.")
+
+    vocabulary_tables = ("model.language_model.embed_tokens.weight", "lm_head.weight")
+    for name, (checkpoint, key) in sources.items():
+        found, expected = list(checkpoint.shape(key)), list(shapes[name])
+        if name in vocabulary_tables:
+            expected[0] = vocab_size
+        if found != expected:
+            raise ConversionError(
+                f"Tensor {key!r} is {found}, but its config.json describes {expected}. Weights and config are not of "
+                "the same model."
+            )
+    return Plan(shapes, sources, fresh, dropped)
+
+
+def write_shards(folder: Path, plan: Plan, dtype: torch.dtype) -> None:
+    """Writes the model's tensors, a shard at a time, in the form that `from_pretrained` reads."""
+    sizes = {name: shape.numel() * dtype.itemsize for name, shape in plan.shapes.items()}
+    split = split_state_dict_into_shards_factory(
+        sizes,
+        get_storage_size=int,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=MAX_SHARD_SIZE,
+    )
+    with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="Writing weights") as progress:
+        for file, names in split.filename_to_tensors.items():
+            shard = {}
+            for name in names:
+                shard[name] = plan.load(name).to(dtype).contiguous()
+                if not all(extreme.isfinite() for extreme in shard[name].aminmax()):
+                    raise ConversionError(f"Tensor {name!r} holds NaN or infinity as {dtype}.")
+                progress.update(sizes[name])
+            save_file(shard, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def largest_latent_difference(vae: Source, vae_checkpoint: Checkpoint, folder: Path, config: TheWorldConfig) -> float:
+    """
+    The largest difference between the source VAE's mode, by diffusers in float32, and the written encoder's.
+
+    Both see a 128 x 128 picture of two ramps and their product. The VAE's decoder stays on the meta device.
+    """
+    ramp = torch.linspace(-1, 1, 128)
+    y, x = torch.meshgrid(ramp, ramp, indexing="ij")
+    picture = torch.stack([x, y, x * y]).unsqueeze(0)
+
+    with torch.device("meta"):
+        reference = AutoencoderKLWan.from_config(vae.read_config()).eval()
+        encoder = TheWorldEncoder(config.world_config).eval()
+    written = Checkpoint.open(folder, "model")
+    prefix = "model.world_encoder."
+    keys = [name.removeprefix(prefix) for name in written.files if name.startswith(prefix)]
+    reference.load_state_dict({key: vae_checkpoint.load(key).float() for key in keys}, strict=False, assign=True)
+    encoder.load_state_dict({key: written.load(prefix + key) for key in keys}, assign=True)
+    with torch.no_grad():
+        expected = reference.encode(picture.unsqueeze(2)).latent_dist.mode().squeeze(2)
+        return (encoder(picture).float() - expected).abs().max().item()
+
+
+@contextmanager
+def complete_or_absent(output: Path, overwrite: bool) -> Iterator[Path]:
+    """Gives a folder beside `output` to fill, which becomes `output` at the end; on an error nothing has changed."""
+    if output.exists() and not (output.is_dir() and (overwrite or not any(output.iterdir()))):
+        remedy = "It is not a folder." if not output.is_dir() else "Choose another --output, or pass --overwrite."
+        raise ConversionError(f"{output} exists and holds something. {remedy}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    previous = output.with_name(f".{output.name}.{os.getpid()}.previous")
+    partial.mkdir()
+    try:
+        yield partial
+        if output.exists():
+            output.rename(previous)
+        partial.rename(output)
+    except BaseException:
+        if previous.exists():
+            previous.rename(output)
+        shutil.rmtree(partial)
+        raise
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def write_generation_config(gemma: Source, config: TheWorldConfig, folder: Path) -> None:
+    """Gemma's own generation config; world tokens go in and never come out."""
+    if (gemma.folder / "generation_config.json").is_file():
+        generation_config = GenerationConfig.from_pretrained(gemma.folder)
+    else:
+        generation_config = GenerationConfig.from_model_config(config.text_config)
+    world_token_ids = [config.image_token_id, config.start_of_world_token_id, config.end_of_world_token_id]
+    generation_config.suppress_tokens = world_token_ids
+    generation_config.save_pretrained(folder)
+
+
+def write_card(folder: Path, vae: Source, gemma: Source, config: TheWorldConfig, title: str) -> None:
+    """The model card: where the weights come from, their terms, and the shortest use."""
+    sources = {"Wan VAE": vae, "Gemma": gemma}
+    data = ModelCardData(
+        language="en",
+        license="other",
+        license_name="gemma-and-nvidia-open-model-license",
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        base_model=[source.name for source in sources.values() if source.commit] or None,
+        tags=["theworld", "custom_code"],
+    )
+    lines = [
+        f"- {part}: `{source.name}`" + (f" at commit `{source.commit}`" if source.commit else "")
+        for part, source in sources.items()
+    ]
+    content = f"""---
+{data.to_yaml()}
+---
+
+# {title}
+
+TheWorld: the latent of an image, one token for each {config.patch_size}x{config.patch_size} pixels, read by Gemma.
+Converted with `convert_weights.py` from
+
+{os.linesep.join(lines)}
+
+The projection between the two (`model.world_projection`) is freshly initialised: **train it before you trust an
+answer.**
+
+```python
+from transformers import AutoModel, AutoProcessor
+
+model = AutoModel.from_pretrained("{title}", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("{title}", trust_remote_code=True)
+```
+
+The code is Apache-2.0. The weights stay under their makers' terms: Google's Gemma terms of use for the text model,
+NVIDIA's or the Wan team's licence for the VAE.
+"""
+    ModelCard(content).save(folder / "README.md")
+
+
+PARTS = {
+    "world encoder": "model.world_encoder.",
+    "projection": "model.world_projection.",
+    "Gemma": ("model.language_model.", "lm_head."),
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did; its `str` is the table that the command prints."""
+
+    parameters: dict[str, int]
+    dtype: torch.dtype
+    dropped: list[str]
+    latent_difference: float
+
+    def __str__(self) -> str:
+        rows = [*self.parameters.items(), ("total", sum(self.parameters.values()))]
+        groups = sorted({key.rpartition(".")[0].partition(".")[0] or key for key in self.dropped})
+        return "\n".join(
+            [
+                f"{'part':<20}{'parameters':>16}{'bytes':>18}",
+                *(f"{part:<20}{count:>16,}{count * self.dtype.itemsize:>18,}" for part, count in rows),
+                f"{'dropped keys':<20}{len(self.dropped):>16,}  under {', '.join(groups) or 'none'}",
+                f"{'latent difference':<20}{self.latent_difference:>16.2e}  largest, to the source VAE's mode",
+            ]
+        )
+
+
+def convert(
+    vae: Source,
+    gemma: Source,
+    output: Path,
+    image_size: int = 512,
+    dtype: str = "bfloat16",
+    overwrite: bool = False,
+    title: str | None = None,
+    **layout,
+) -> Report:
+    """
+    Writes a TheWorld checkpoint into the folder `output`.
+
+    Args:
+        vae, gemma: The folders to convert from.
+        output: A folder that is absent or empty, unless `overwrite`.
+        image_size: Pixels a side that the processor resizes images to.
+        dtype: Of the written weights, a key of `DTYPES`.
+        overwrite: Whether what `output` holds may be replaced.
+        title: What the card calls the model; the folder's name by default.
+        layout: `projector_type`, `token_layout`, `latent_merge_size`, `normalize_latents` of [`TheWorldConfig`].
+
+    Raises:
+        ConversionError: If a source is not what it should be, or `output` may not be written.
+        StrictDataclassError: If the fields contradict each other; see [`TheWorldConfig`].
+    """
+    for source in (vae.folder.resolve(), gemma.folder.resolve()):
+        if output.resolve() in (source, *source.parents):
+            raise ConversionError(f"--output {output} would replace the source {source}. Choose another.")
+
+    with complete_or_absent(output.absolute(), overwrite) as folder:
+        world_config, text_config = read_world_config(vae), read_text_config(gemma)
+        vocab_size = text_config.vocab_size
+        tokenizer = add_world_tokens(gemma, folder)
+        config = build_config(world_config, text_config, tokenizer, image_size, dtype, **layout)
+        vae_checkpoint = Checkpoint.open(vae.folder, "diffusion_pytorch_model")
+        gemma_checkpoint = Checkpoint.open(gemma.folder, "model")
+        with torch.device("meta"):
+            model = TheWorldForConditionalGeneration(config)
+        plan = plan_tensors(model, vocab_size, [(vae_checkpoint, map_vae_key), (gemma_checkpoint, map_gemma_key)])
+
+        write_shards(folder, plan, DTYPES[dtype])
+        config.save_pretrained(folder)
+        build_processor(config, tokenizer, image_size).save_pretrained(folder)
+        write_generation_config(gemma, config, folder)
+        for file in MODEL_FILES:
+            shutil.copyfile(HERE / file, folder / file)
+        write_card(folder, vae, gemma, config, title or output.name)
+        return Report(
+            parameters={
+                part: sum(shape.numel() for name, shape in plan.shapes.items() if name.startswith(prefix))
+                for part, prefix in PARTS.items()
+            },
+            dtype=DTYPES[dtype],
+            dropped=plan.dropped,
+            latent_difference=largest_latent_difference(vae, vae_checkpoint, folder, config),
+        )
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Join a Wan VAE and a Gemma into a TheWorld checkpoint.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--vae", required=True, metavar="DIR_OR_REPO", help="a diffusers AutoencoderKLWan, or a pipeline that has one")
+    add("--vae-subfolder", default="vae", metavar="NAME", help="a pipeline's VAE; '' for a repo that is one")
+    add("--vae-revision", metavar="REVISION", help="branch, tag or commit on the Hub")
+    add("--gemma", required=True, metavar="DIR_OR_REPO", help="a Gemma, Gemma 2 or Gemma 3 in transformers' format")
+    add("--gemma-revision", metavar="REVISION", help="branch, tag or commit on the Hub")
+    add("--output", required=True, type=Path, metavar="DIR", help="the folder to write")
+    add("--image-size", type=int, default=512, metavar="PIXELS", help="side that the processor resizes images to")
+    add("--projector-type", choices=["linear", "mlp"], default="linear", help="latents to Gemma's width")
+    add("--token-layout", choices=["spatial", "channel"], default="spatial", help="what a world token stands for")
+    add("--latent-merge-size", type=int, default=1, metavar="N", help="pack NxN latent positions into one token")
+    add("--normalize-latents", action="store_true", help="apply (z - mean) / std before the projection")
+    add("--dtype", choices=list(DTYPES), default="bfloat16", help="of the written weights")
+    add("--push-to-hub", metavar="ORG/NAME", help="upload the finished folder to this Hub repo")
+    add("--overwrite", action="store_true", help="replace what --output holds")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_arguments(arguments)
+    try:
+        report = convert(
+            fetch_vae(args.vae, args.vae_revision, args.vae_subfolder),
+            fetch_gemma(args.gemma, args.gemma_revision),
+            args.output,
+            image_size=args.image_size,
+            dtype=args.dtype,
+            overwrite=args.overwrite,
+            title=args.push_to_hub,
+            projector_type=args.projector_type,
+            token_layout=args.token_layout,
+            latent_merge_size=args.latent_merge_size,
+            normalize_latents=args.normalize_latents,
+        )
+        print(report)
+        if args.push_to_hub:
+            api = HfApi()
+            api.create_repo(args.push_to_hub, exist_ok=True)
+            api.upload_folder(repo_id=args.push_to_hub, folder_path=args.output)
+    except (ValueError, OSError, SafetensorError, StrictDataclassError) as error:
+        print("convert_weights.py: error:", " ".join(str(error).split()), file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+# Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
+"""Text and images to TheWorld's inputs: one `<world>` in a prompt becomes the places of an image's world tokens."""
+
+from transformers import ProcessorMixin, SiglipImageProcessorPil
+from transformers.image_utils import ImageInput, make_flat_list_of_images
+from transformers.processing_utils import MultiModalData
+
+
+def flatten_images(images: ImageInput | None) -> list:
+    """The images of all prompts in their order, from an image, a list of them, or a list (maybe empty) a prompt."""
+    if images is None:
+        return []
+    if isinstance(images, list | tuple) and any(isinstance(entry, list | tuple) for entry in images):
+        if not all(isinstance(entry, list | tuple) for entry in images):
+            raise ValueError("`images` must be a list of images or a list of images for each prompt, got a mixture.")
+        return [image for prompt_images in images for image in prompt_images]
+    return make_flat_list_of_images(images)
+
+
+class TheWorldProcessor(ProcessorMixin):
+    """
+    An image processor and a Gemma tokenizer with TheWorld's three tokens, in one call.
+
+    Args:
+        image_processor: Resizes and scales images to [-1, 1]. It always works on PIL's side, so that an image gives
+            the same numbers whether torchvision is installed or not.
+        tokenizer: Gemma's, with `<world>`, `<start_of_world>` and `<end_of_world>`.
+        chat_template: Jinja template of a conversation.
+        patch_size: Pixels a side of the square that one world token stands for; `TheWorldConfig.patch_size`.
+        image_seq_length: World tokens an image for `token_layout="channel"`, where their number and the image's size
+            are fixed; None where they follow from the size.
+
+    Raises:
+        ValueError: If the tokenizer lacks one of the three tokens.
+    """
+
+    image_token = "<world>"
+    start_of_world_token = "<start_of_world>"
+    end_of_world_token = "<end_of_world>"
+    world_tokens = (image_token, start_of_world_token, end_of_world_token)
+
+    def __init__(
+        self, image_processor, tokenizer, chat_template=None, patch_size: int = 8, image_seq_length: int | None = None
+    ):
+        if image_processor.backend != "pil":
+            image_processor = SiglipImageProcessorPil(**image_processor.to_dict())
+        vocabulary = tokenizer.get_vocab()
+        missing = [token for token in self.world_tokens if token not in vocabulary]
+        if missing:
+            raise ValueError(
+                f"The tokenizer has no {', '.join(missing)}. Use the one that convert_weights.py wrote with the model."
+            )
+        self.patch_size = patch_size
+        self.image_seq_length = image_seq_length
+        self.image_token_id = vocabulary[self.image_token]
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    def validate_inputs(self, images: ImageInput | None = None, text: list[str] | None = None, **kwargs):
+        """Checks that every prompt has one `<world>` for each of its images; raises a `ValueError` where not."""
+        flat_images = flatten_images(images)
+        if text is not None:
+            expected = [prompt.count(self.image_token) for prompt in text]
+            if flat_images and isinstance(images[0], list | tuple):
+                given = [len(prompt_images) for prompt_images in images]
+                if given != expected:
+                    raise ValueError(
+                        f"Each prompt needs one `{self.image_token}` for each of its images: the prompts have "
+                        f"{expected}, the images are {given}."
+                    )
+            elif sum(expected) != len(flat_images):
+                raise ValueError(
+                    f"The prompts have {sum(expected)} `{self.image_token}`, but {len(flat_images)} image(s) came. "
+                    f"Write one `{self.image_token}` in a prompt where each image belongs."
+                )
+        super().validate_inputs(images=flat_images or None, text=text, **kwargs)
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        """The text that stands for one image: its world tokens' places between the start and end tokens."""
+        num_tokens = self._num_world_tokens(*image_inputs["pixel_values"][image_idx].shape[-2:])
+        return self.start_of_world_token + self.image_token * num_tokens + self.end_of_world_token
+
+    def _process_images(self, images: ImageInput, **kwargs) -> tuple[dict, list[str]]:
+        images = flatten_images(images)
+        return super()._process_images(images, **kwargs) if images else ({}, [])
+
+    def _num_world_tokens(self, height: int, width: int) -> int:
+        """World tokens of an image of `height` x `width` pixels as the model gets it."""
+        if self.image_seq_length is not None:
+            fixed = (self.image_processor.size["height"], self.image_processor.size["width"])
+            if (height, width) != fixed:
+                raise ValueError(
+                    f"This model has `token_layout='channel'`, built for images of {fixed[0]}x{fixed[1]} pixels, got "
+                    f"{height}x{width}. Leave `size` and `do_resize` as they are."
+                )
+            return self.image_seq_length
+        if min(height, width) < self.patch_size or height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"Image sides must be positive multiples of {self.patch_size} pixels, got {height}x{width}. Pass such "
+                "a `size={'height': ..., 'width': ...}`."
+            )
+        return (height // self.patch_size) * (width // self.patch_size)
+
+    def _get_num_multimodal_tokens(self, image_sizes: list[tuple[int, int]] | None = None, **kwargs) -> MultiModalData:
+        """
+        Counts the `<world>` places that images of the given sizes take; what vLLM plans with.
+
+        Args:
+            image_sizes: (height, width) of each image in pixels, before resizing.
+            kwargs: The image processor's, such as `size`.
+
+        Returns:
+            `num_image_tokens` and `num_image_patches`, one entry an image.
+        """
+        if image_sizes is None:
+            return MultiModalData()
+        if kwargs.get("do_resize", self.image_processor.do_resize):
+            size = kwargs.get("size") or self.image_processor.size
+            image_sizes = [(size["height"], size["width"])] * len(image_sizes)
+        return MultiModalData(
+            num_image_tokens=[self._num_world_tokens(height, width) for height, width in image_sizes],
+            num_image_patches=[1] * len(image_sizes),
+        )
+
+
+TheWorldProcessor.register_for_auto_class("AutoProcessor")
+
+__all__ = ["TheWorldProcessor"]

@@ -1,0 +1,78 @@
+"""Fixtures: small sources in real formats, the checkpoints converted from them, and no network."""
+
+import os
+import tempfile
+
+
+# Before transformers is imported: an empty cache, so that nothing a developer has at hand can help a test.
+CACHE = tempfile.TemporaryDirectory(prefix="theworld-tests-")
+os.environ |= {
+    "HF_HOME": CACHE.name,
+    "HF_MODULES_CACHE": f"{CACHE.name}/modules",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from tiny_sources import TEXT_CONFIGS, make_gemma, make_pipeline  # noqa: E402
+from transformers import AutoModel, AutoProcessor  # noqa: E402
+
+import convert_weights  # noqa: E402
+
+
+torch.set_num_threads(2)
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory) -> Path:
+    """A folder with `pipeline` (a diffusers pipeline that has a `vae`) and a Gemma of each family."""
+    folder = tmp_path_factory.mktemp("sources")
+    make_pipeline(folder / "pipeline")
+    for family, config in TEXT_CONFIGS.items():
+        make_gemma(folder / family, config)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def convert(sources, tmp_path_factory):
+    """Runs convert_weights.py's main on the sources; the same options give the same folder."""
+    folders = {}
+
+    def run(family: str = "gemma2", *options: str) -> Path:
+        key = (family, *options)
+        if key not in folders:
+            folder = tmp_path_factory.mktemp("converted") / "theworld"
+            arguments = ["--vae", str(sources / "pipeline"), "--gemma", str(sources / family), "--output", str(folder)]
+            defaults = ["--image-size", "64", "--dtype", "float32"]
+            assert convert_weights.main([*arguments, *defaults, *options]) == 0
+            folders[key] = folder
+        return folders[key]
+
+    return run
+
+
+@pytest.fixture(scope="session", params=list(TEXT_CONFIGS))
+def checkpoint(request, convert) -> Path:
+    """A converted folder, for each Gemma family."""
+    return convert(request.param)
+
+
+@pytest.fixture
+def model(checkpoint):
+    return AutoModel.from_pretrained(checkpoint, trust_remote_code=True).eval()
+
+
+@pytest.fixture
+def processor(checkpoint):
+    return AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+
+
+@pytest.fixture(scope="session")
+def photo() -> Image.Image:
+    return Image.open(ROOT / "assets" / "grace_hopper.jpg")

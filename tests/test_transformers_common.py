@@ -1,0 +1,144 @@
+"""Pins that TheWorld passes the tests transformers asks of every model of its own."""
+
+import sys
+import types
+import unittest
+from copy import deepcopy
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
+from pathlib import Path
+
+import torch
+from tiny_sources import TEXT_FIELDS, VAE_FIELDS
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
+
+from theworld import TheWorldConfig, TheWorldForConditionalGeneration, TheWorldModel
+
+
+SUITE = Path(__file__).parent.parent / "build" / "transformers-tests"
+
+
+def load_common_suite() -> types.ModuleType:
+    """
+    Imports `test_modeling_common.py` of transformers' source distribution, fetched by `make build/transformers-tests`.
+
+    The distribution leaves out two packages that it imports mixins from; those tests (generation, export) are empty
+    here, and generation has its own tests beside this file.
+    """
+    if not SUITE.is_dir():
+        raise FileNotFoundError(f"{SUITE} is missing: run `make test`, which fetches it.")
+    package = types.ModuleType("transformers_tests")
+    package.__path__ = [str(SUITE)]
+    sys.modules[package.__name__] = package
+    for name, mixin in (("exporters.test_export", "ExportTesterMixin"), ("generation.test_utils", "GenerationTesterMixin")):
+        parent = types.ModuleType(f"transformers_tests.{name.split('.')[0]}")
+        parent.__path__ = []
+        module = types.ModuleType(f"transformers_tests.{name}")
+        setattr(module, mixin, type(mixin, (), {}))
+        sys.modules[parent.__name__], sys.modules[module.__name__] = parent, module
+    spec = PathFinder.find_spec("transformers_tests.test_modeling_common", package.__path__)
+    suite = module_from_spec(spec)
+    sys.modules[spec.name] = suite
+    spec.loader.exec_module(suite)
+    return suite
+
+
+suite = load_common_suite()
+
+# The suite looks up by class name which tests a model takes part in.
+MODEL_MAPPING_NAMES["theworld"] = TheWorldModel.__name__
+MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["theworld"] = TheWorldForConditionalGeneration.__name__
+
+
+class TheWorldModelTester:
+    """A tiny TheWorld and a batch for it: each prompt is an image's world tokens, then text."""
+
+    def __init__(self, text_config: dict, world_config: dict, with_images: bool):
+        self.world_config = world_config
+        self.with_images = with_images
+        self.text_config = {**TEXT_FIELDS, "max_position_embeddings": 512, **text_config}
+        self.batch_size = 3
+        self.image_size = 32
+        self.num_image_tokens = 16
+        self.seq_length = self.num_image_tokens + 7
+        self.hidden_size = TEXT_FIELDS["hidden_size"]
+        self.num_hidden_layers = TEXT_FIELDS["num_hidden_layers"]
+        self.num_attention_heads = TEXT_FIELDS["num_attention_heads"]
+        self.vocab_size = TEXT_FIELDS["vocab_size"]
+        self.is_training = True
+
+    def get_config(self) -> TheWorldConfig:
+        return TheWorldConfig(world_config=self.world_config, text_config=self.text_config)
+
+    def prepare_config_and_inputs_for_common(self):
+        config = self.get_config()
+        generator = torch.Generator().manual_seed(0)
+        pixel_values = torch.rand(self.batch_size, 3, self.image_size, self.image_size, generator=generator) * 2 - 1
+        input_ids = torch.randint(20, self.vocab_size, (self.batch_size, self.seq_length), generator=generator)
+        inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+        if self.with_images:
+            input_ids[:, 1 : 1 + self.num_image_tokens] = config.image_token_id
+            inputs["pixel_values"] = pixel_values
+        return config, inputs
+
+
+def zero_init_but_latents_std(config, zero_init=suite._config_zero_init):
+    """The suite sets every field named `*_std` to 1e-10; `latents_std` is a list of statistics, no initialisation."""
+    config = deepcopy(config)
+    world_config = getattr(config, "world_config", None)
+    if world_config is None:
+        return zero_init(config)
+    config.world_config = None
+    config = zero_init(config)
+    config.world_config = world_config
+    return config
+
+
+def random_text_ids(*args, ids_tensor=suite.ids_tensor, **kwargs):
+    """The suite's random ids without the special ones, since a `<world>` by chance has no image."""
+    return ids_tensor(*args, **kwargs).clamp(min=20)
+
+
+suite._config_zero_init = zero_init_but_latents_std
+suite.ids_tensor = random_text_ids
+
+
+class CommonTests(suite.ModelTesterMixin, suite.GenerationTesterMixin):
+    all_model_classes = (TheWorldModel, TheWorldForConditionalGeneration)
+    _is_composite = True
+    # `last_hidden_state` holds latents [B, z, h, w], whose last axis is no hidden size.
+    skip_test_image_features_output_shape = True
+    text_config: dict
+    world_config = VAE_FIELDS
+
+    def setUp(self):
+        # The eager-sdpa comparison calls the model with `input_ids` alone; with images it stands in test_modeling.py.
+        with_images = "eager_matches_sdpa" not in self._testMethodName
+        self.model_tester = TheWorldModelTester(self.text_config, self.world_config, with_images)
+
+    @unittest.skip("The world encoder is convolutional: it has no layers of hidden states to return.")
+    def test_get_image_features_hidden_states(self):
+        pass
+
+    @unittest.skip("The world encoder is convolutional: it has no attentions to return.")
+    def test_get_image_features_attentions(self):
+        pass
+
+
+class Gemma2CommonTest(CommonTests, unittest.TestCase):
+    text_config = {"model_type": "gemma2", "sliding_window": 16}
+    # One frame never reaches the convolutions over time.
+    test_all_params_have_gradient = False
+
+
+class Gemma3CommonTest(CommonTests, unittest.TestCase):
+    text_config = {
+        "model_type": "gemma3_text",
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+    }
+    # A VAE without convolutions over time: all parameters get a gradient.
+    world_config = {**VAE_FIELDS, "temperal_downsample": [False, False, False]}
