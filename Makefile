@@ -21,7 +21,7 @@ test: $(SETUP) build/transformers-tests
 
 # A pair of real size with random weights: 5.4 GB written, converted, loaded. Needs 12 GB of disk, and some minutes.
 test-real-size: $(SETUP)
-	$(PYTHON) -m pytest -m real_size
+	$(PYTHON) -m pytest tests/test_real_size.py -m real_size -s
 
 $(SETUP): pyproject.toml constraints.txt
 	python3 -m venv $(VENV)

@@ -6,13 +6,20 @@ from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import MultiModalData
 
 
+def grouped_by_prompt(images: ImageInput | None) -> bool:
+    """Whether `images` is a list of lists, one (maybe empty) for each prompt."""
+    entries = images if isinstance(images, list | tuple) else []
+    grouped = [isinstance(entry, list | tuple) for entry in entries]
+    if any(grouped) and not all(grouped):
+        raise ValueError("`images` must be a list of images or a list of images for each prompt, got a mixture.")
+    return any(grouped)
+
+
 def flatten_images(images: ImageInput | None) -> list:
-    """The images of all prompts in their order, from an image, a list of them, or a list (maybe empty) a prompt."""
-    if images is None:
+    """The images of all prompts in their order."""
+    if images is None or (isinstance(images, list | tuple) and not images):
         return []
-    if isinstance(images, list | tuple) and any(isinstance(entry, list | tuple) for entry in images):
-        if not all(isinstance(entry, list | tuple) for entry in images):
-            raise ValueError("`images` must be a list of images or a list of images for each prompt, got a mixture.")
+    if grouped_by_prompt(images):
         return [image for prompt_images in images for image in prompt_images]
     return make_flat_list_of_images(images)
 
@@ -60,7 +67,7 @@ class TheWorldProcessor(ProcessorMixin):
         flat_images = flatten_images(images)
         if text is not None:
             expected = [prompt.count(self.image_token) for prompt in text]
-            if flat_images and isinstance(images[0], list | tuple):
+            if grouped_by_prompt(images):
                 given = [len(prompt_images) for prompt_images in images]
                 if given != expected:
                     raise ValueError(

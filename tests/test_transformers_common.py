@@ -33,7 +33,10 @@ def load_common_suite() -> types.ModuleType:
     package = types.ModuleType("transformers_tests")
     package.__path__ = [str(SUITE)]
     sys.modules[package.__name__] = package
-    for name, mixin in (("exporters.test_export", "ExportTesterMixin"), ("generation.test_utils", "GenerationTesterMixin")):
+    for name, mixin in (
+        ("exporters.test_export", "ExportTesterMixin"),
+        ("generation.test_utils", "GenerationTesterMixin"),
+    ):
         parent = types.ModuleType(f"transformers_tests.{name.split('.')[0]}")
         parent.__path__ = []
         module = types.ModuleType(f"transformers_tests.{name}")

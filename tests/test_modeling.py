@@ -1,0 +1,375 @@
+"""Pins what the model computes: Gemma untouched without an image, and with one, answers that depend on it."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from tiny_sources import TEXT_CONFIGS, VAE_FIELDS
+from transformers import AutoModel, AutoModelForCausalLM, set_seed
+
+from theworld import TheWorldConfig, TheWorldForConditionalGeneration
+
+
+FLOAT32_TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
+
+QUESTION = "what is in the picture?"
+
+
+def pictures(count: int, size: int = 64, seed: int = 0) -> torch.Tensor:
+    """Random pictures [count, 3, size, size] of bytes."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
+
+
+@pytest.fixture
+def inputs(processor):
+    """A left-padded batch: two images, text alone, one image."""
+    images = pictures(3)
+    return processor(
+        text=[f"<world>and<world>{QUESTION}", QUESTION, f"<world>{QUESTION}"],
+        images=[[images[0], images[1]], [], [images[2]]],
+        padding=True,
+        return_tensors="pt",
+    )
+
+
+def without_images(inputs) -> dict:
+    return {name: tensor for name, tensor in inputs.items() if name != "pixel_values"}
+
+
+def generate(model, inputs, **options) -> torch.Tensor:
+    """The new tokens of a greedy answer, up to 8 a prompt."""
+    with torch.no_grad():
+        output = model.generate(**inputs, max_new_tokens=8, do_sample=False, **options)
+    return output[:, inputs["input_ids"].shape[1] :]
+
+
+def logits_of(model, inputs, **options) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**inputs, **options).logits
+
+
+@pytest.mark.parametrize("family", TEXT_CONFIGS)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_without_images_logits_are_those_of_gemma_bit_for_bit(sources, convert, family, attention):
+    if (family, attention) == ("gemma2", "sdpa"):
+        pytest.skip("Gemma 2 has no sdpa attention in transformers 5.20 and later.")
+    gemma = AutoModelForCausalLM.from_pretrained(sources / family, attn_implementation=attention).eval()
+    model = AutoModel.from_pretrained(convert(family), trust_remote_code=True, attn_implementation=attention).eval()
+    input_ids = torch.randint(20, 340, (2, 50), generator=torch.Generator().manual_seed(0))
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[1, :9] = 0
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+    assert torch.equal(logits_of(model, batch), logits_of(gemma, batch))
+    # The same tokens as embeddings: nothing is scaled twice.
+    embedded = {"inputs_embeds": gemma.get_input_embeddings()(input_ids), "attention_mask": attention_mask}
+    assert torch.equal(logits_of(model, embedded), logits_of(gemma, embedded))
+    assert torch.equal(logits_of(model, batch), logits_of(model, embedded))
+
+
+def test_gemma_scales_its_embeddings_once_and_world_tokens_not_at_all(model, processor):
+    embed = model.get_input_embeddings()
+    scale = model.config.text_config.hidden_size**0.5
+    torch.testing.assert_close(embed(torch.tensor([30])), embed.weight[30:31] * scale)
+    inputs = processor(text=f"<world>{QUESTION}", images=pictures(1)[0], return_tensors="pt")
+    seen = {}
+
+    def record(module, args, kwargs):
+        seen["inputs_embeds"] = kwargs["inputs_embeds"]
+
+    hook = model.model.language_model.register_forward_pre_hook(record, with_kwargs=True)
+    output = model(**inputs)
+    hook.remove()
+    places = inputs["input_ids"] == model.config.image_token_id
+    assert torch.equal(seen["inputs_embeds"][places], output.image_hidden_states.flatten(0, 1))
+
+
+@torch.no_grad()
+def test_logits_equal_those_of_gemma_on_the_same_embeddings(sources, model, checkpoint, inputs):
+    """The whole path by hand: encode, project, put in place, run Gemma's own class."""
+    family = model.config.text_config.model_type
+    gemma = AutoModelForCausalLM.from_pretrained(sources / family).eval()
+    embeds = gemma.get_input_embeddings()(inputs["input_ids"])
+    tokens = model.model.world_encoder(inputs["pixel_values"]).flatten(2).transpose(1, 2)
+    places = (inputs["input_ids"] == model.config.image_token_id).unsqueeze(-1)
+    embeds = embeds.masked_scatter(places, model.model.world_projection.linear_1(tokens))
+    expected = gemma(inputs_embeds=embeds, attention_mask=inputs["attention_mask"]).logits
+    torch.testing.assert_close(model(**inputs).logits, expected, **FLOAT32_TOLERANCE)
+
+
+def test_black_and_white_frames_give_different_logits(model, processor):
+    black, white = (
+        processor(
+            text=f"<world>{QUESTION}", images=torch.full((3, 64, 64), value, dtype=torch.uint8), return_tensors="pt"
+        )
+        for value in (0, 255)
+    )
+    assert (logits_of(model, black) - logits_of(model, white)).abs().max() > 1e-3
+
+
+def test_removing_the_image_changes_the_answers_logits(model, processor):
+    with_image = processor(text=f"<world>{QUESTION}", images=pictures(1)[0], return_tensors="pt")
+    without = processor(text=QUESTION, return_tensors="pt")
+    last = [logits_of(model, batch, logits_to_keep=1) for batch in (with_image, without)]
+    assert (last[0] - last[1]).abs().max() > 1e-3
+
+
+def test_every_image_of_a_batch_reaches_its_own_prompt_and_no_other(model, inputs):
+    """The predecessor used a batch's first match only. Images 0 and 1 are prompt 0's, image 2 is prompt 2's."""
+    before = logits_of(model, inputs, logits_to_keep=1)
+    for image, owner in enumerate([0, 0, 2]):
+        changed = deepcopy(dict(inputs))
+        changed["pixel_values"][image].neg_()
+        difference = (logits_of(model, changed, logits_to_keep=1) - before).abs().amax((1, 2))
+        for prompt in range(3):
+            assert (difference[prompt] > 1e-4) == (prompt == owner), (image, prompt)
+
+
+def test_a_batch_equals_its_prompts_alone(model, processor, inputs):
+    images = pictures(3)
+    alone = [
+        processor(text=f"<world>and<world>{QUESTION}", images=[images[0], images[1]], return_tensors="pt"),
+        processor(text=QUESTION, return_tensors="pt"),
+        processor(text=f"<world>{QUESTION}", images=images[2], return_tensors="pt"),
+    ]
+    together = logits_of(model, inputs, logits_to_keep=1)
+    for row, single in enumerate(alone):
+        torch.testing.assert_close(together[row], logits_of(model, single, logits_to_keep=1)[0], **FLOAT32_TOLERANCE)
+        answer, answer_together = generate(model, single)[0], generate(model, inputs)[row]
+        assert torch.equal(answer, answer_together[: len(answer)])
+
+
+def test_cached_and_uncached_generation_agree(model, inputs):
+    assert torch.equal(generate(model, inputs), generate(model, inputs, use_cache=False))
+
+
+def test_a_static_cache_gives_the_same_answer(model, inputs):
+    static = generate(model, inputs, cache_implementation="static", disable_compile=True)
+    assert torch.equal(generate(model, inputs), static)
+
+
+def test_eager_and_sdpa_agree_on_images(checkpoint, inputs):
+    eager, default = (
+        AutoModel.from_pretrained(checkpoint, trust_remote_code=True, **options).eval()
+        for options in ({"attn_implementation": "eager"}, {})
+    )
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(logits_of(eager, inputs)[real], logits_of(default, inputs)[real], **FLOAT32_TOLERANCE)
+
+
+def test_precomputed_latents_stand_in_for_pixels(model, inputs):
+    latents = model.get_world_latents(inputs["pixel_values"])
+    assert latents.shape == (3, 16, 8, 8)
+    prompts = without_images(inputs)
+    assert torch.equal(logits_of(model, prompts, world_latents=latents), logits_of(model, inputs))
+    for options in ({}, {"use_cache": False}, {"num_beams": 2}):
+        assert torch.equal(
+            generate(model, prompts, world_latents=latents, **options), generate(model, inputs, **options)
+        )
+
+
+def test_beams_keep_the_images_of_a_prompt_together(model, processor):
+    """With one beam's worth of luck excluded: each beam search of a batch equals that of its prompt alone."""
+    images = pictures(4)
+    prompts = [f"<world>and<world>{QUESTION}", f"<world>or<world>{QUESTION}"]
+    batch = processor(text=prompts, images=[list(images[:2]), list(images[2:])], padding=True, return_tensors="pt")
+    options = {"num_beams": 3, "num_return_sequences": 3, "output_scores": True, "return_dict_in_generate": True}
+    with torch.no_grad():
+        together = model.generate(**batch, max_new_tokens=4, do_sample=False, **options)
+        for row, prompt in enumerate(prompts):
+            single = processor(text=prompt, images=list(images[2 * row : 2 * row + 2]), return_tensors="pt")
+            alone = model.generate(**single, max_new_tokens=4, do_sample=False, **options)
+            torch.testing.assert_close(
+                together.sequences_scores[3 * row : 3 * row + 3], alone.sequences_scores, **FLOAT32_TOLERANCE
+            )
+
+
+def test_the_encoder_runs_once_a_generate(model, inputs):
+    calls = []
+    hook = model.model.world_encoder.register_forward_hook(lambda *arguments: calls.append(1))
+    generate(model, inputs)
+    hook.remove()
+    assert len(calls) == 1
+
+
+def test_labels_of_minus_100_give_no_loss_and_changed_labels_change_it(model, processor):
+    batch = processor(text=f"<world>{QUESTION}", images=pictures(1)[0], return_tensors="pt")
+    labels = torch.full_like(batch["input_ids"], -100)
+    answer = slice(-4, None)
+    labels[:, answer] = batch["input_ids"][:, answer]
+    with torch.no_grad():
+        output = model(**batch, labels=labels)
+        # By hand: the last four tokens, each predicted from the position before it.
+        scores = output.logits[:, -5:-1].log_softmax(-1).gather(2, labels[:, answer, None])
+        torch.testing.assert_close(output.loss, -scores.mean())
+        changed = labels.clone()
+        changed[:, -1] += 1
+        assert model(**batch, labels=changed).loss != output.loss
+        nothing = model(**batch, labels=torch.full_like(labels, -100), num_items_in_batch=4).loss
+        assert nothing == 0
+
+
+def test_world_tokens_never_count_in_a_loss_that_excludes_them(model, processor):
+    batch = processor(text=f"<world>{QUESTION}", images=pictures(1)[0], return_tensors="pt")
+    labels = batch["input_ids"].masked_fill(batch["input_ids"] == model.config.image_token_id, -100)
+    loss = model(**batch, labels=labels).loss
+    per_token = loss * ((labels[:, 1:] != -100).sum())
+    summed = model(**batch, labels=labels, num_items_in_batch=1).loss
+    torch.testing.assert_close(summed, per_token)
+
+
+def test_gradients_reach_every_part_and_a_frozen_encoder_stays(model, processor):
+    batch = processor(text=f"<world>{QUESTION}", images=pictures(1)[0], return_tensors="pt")
+    model.train()
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+    assert without == {name for name, _ in model.named_parameters() if "time_conv" in name}
+    assert model.model.world_encoder.encoder.conv_in.weight.grad.abs().sum() > 0
+
+    model.zero_grad()
+    model.model.world_encoder.requires_grad_(False)
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    assert all(parameter.grad is None for parameter in model.model.world_encoder.parameters())
+    assert model.model.world_projection.linear_1.weight.grad.abs().sum() > 0
+
+
+def test_logits_to_keep(model, inputs):
+    full = logits_of(model, inputs)
+    torch.testing.assert_close(logits_of(model, inputs, logits_to_keep=2), full[:, -2:], **FLOAT32_TOLERANCE)
+    positions = torch.tensor([3, 5])
+    torch.testing.assert_close(
+        logits_of(model, inputs, logits_to_keep=positions), full[:, positions], **FLOAT32_TOLERANCE
+    )
+
+
+def test_hidden_states_and_attentions_come_when_asked(checkpoint, inputs):
+    model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True, attn_implementation="eager").eval()
+    output = model(**inputs, output_hidden_states=True, output_attentions=True)
+    assert len(output.hidden_states) == 3 and len(output.attentions) == 2
+    assert output.image_hidden_states.shape == (3, 64, 64)
+
+
+def make_model(**fields) -> TheWorldForConditionalGeneration:
+    set_seed(0)
+    config = TheWorldConfig(world_config=VAE_FIELDS, text_config=TEXT_CONFIGS["gemma2"], **fields)
+    return TheWorldForConditionalGeneration(config).eval()
+
+
+@torch.no_grad()
+def test_merged_tokens_hold_the_numbers_of_their_square():
+    model = make_model(latent_merge_size=2)
+    latents = torch.randn(1, 16, 4, 6)
+    projection = model.model.world_projection
+    tokens = projection(latents)
+    assert tokens.shape == (1, 6, 64)
+    square = latents[0, :, 2:4, 0:2]  # second row of squares, first column: token 3
+    torch.testing.assert_close(tokens[0, 3], projection.linear_1(square.flatten()), **FLOAT32_TOLERANCE)
+
+
+@torch.no_grad()
+def test_channel_tokens_hold_a_channel_each():
+    model = make_model(token_layout="channel", image_size=32)
+    latents = torch.randn(2, 16, 4, 4)
+    projection = model.model.world_projection
+    tokens = projection(latents)
+    assert tokens.shape == (2, 16, 64)
+    torch.testing.assert_close(tokens[1, 5], projection.linear_1(latents[1, 5].flatten()), **FLOAT32_TOLERANCE)
+    with pytest.raises(
+        ValueError, match="built for images of 32 pixels a side, which have 16 latent positions, got 4 x 8"
+    ):
+        projection(torch.randn(1, 16, 4, 8))
+
+
+@torch.no_grad()
+def test_spatial_tokens_run_row_by_row():
+    model = make_model()
+    latents = torch.randn(1, 16, 2, 3)
+    projection = model.model.world_projection
+    torch.testing.assert_close(
+        projection(latents)[0, 4], projection.linear_1(latents[0, :, 1, 1]), **FLOAT32_TOLERANCE
+    )
+
+
+@torch.no_grad()
+def test_normalized_latents_are_those_of_the_cosmos_pipelines():
+    plain, normalized = make_model(), make_model(normalize_latents=True)
+    images = torch.rand(1, 3, 16, 16)
+    mean, std = (
+        torch.tensor(getattr(plain.config.world_config, name)).view(1, 16, 1, 1)
+        for name in ("latents_mean", "latents_std")
+    )
+    expected = (plain.get_world_latents(images) - mean) / std
+    torch.testing.assert_close(normalized.get_world_latents(images), expected, **FLOAT32_TOLERANCE)
+
+
+@torch.no_grad()
+def test_the_mlp_projector_is_linear_gelu_linear():
+    projection = make_model(projector_type="mlp").model.world_projection
+    latents = torch.randn(1, 16, 2, 2)
+    hidden = torch.nn.functional.gelu(projection.linear_1(latents.flatten(2).transpose(1, 2)))
+    torch.testing.assert_close(projection(latents), projection.linear_2(hidden), **FLOAT32_TOLERANCE)
+
+
+@torch.no_grad()
+def test_image_features_hold_latents_and_projected_tokens(model, inputs):
+    features = model.get_image_features(inputs["pixel_values"])
+    assert torch.equal(features.last_hidden_state, model.get_world_latents(inputs["pixel_values"]))
+    assert torch.equal(features.pooler_output, model(**inputs).image_hidden_states)
+    assert torch.equal(
+        logits_of(model, without_images(inputs), mm_encoder_outputs={"image": features}), logits_of(model, inputs)
+    )
+
+
+def test_a_prompt_without_a_place_for_its_image_is_refused(model, processor, inputs):
+    text = processor(text=QUESTION, return_tensors="pt")
+    with pytest.raises(
+        ValueError, match=r"1 image\(s\) of 64 world tokens need 64 `<world>` places in the prompts, found 0"
+    ):
+        model(**text, pixel_values=inputs["pixel_values"][:1])
+    with pytest.raises(ValueError, match="need 64 `<world>` places"):
+        generate(model, {**text, "pixel_values": inputs["pixel_values"][:1]})
+
+
+def test_an_image_too_many_or_too_few_is_refused(model, inputs):
+    prompts = without_images(inputs)
+    for count in (1, 2):
+        with pytest.raises(ValueError, match=rf"{count} image\(s\) .* need {64 * count} .* found 192"):
+            model(**prompts, pixel_values=inputs["pixel_values"][:count])
+
+
+def test_a_prompt_whose_image_is_missing_is_refused(model, inputs):
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="The prompt has `<world>` places but no image came with it"):
+            call(**without_images(inputs))
+
+
+def test_images_given_twice_are_refused(model, inputs):
+    latents = model.get_world_latents(inputs["pixel_values"])
+    with pytest.raises(ValueError, match="Give the images once"):
+        model(**inputs, world_latents=latents)
+    with pytest.raises(ValueError, match="exactly one of `input_ids` and `inputs_embeds`"):
+        model(pixel_values=inputs["pixel_values"])
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 8, 8), (16, 8, 8), (1, 16, 0, 8)])
+def test_latents_of_another_shape_are_refused(model, shape):
+    with pytest.raises(ValueError, match=r"Expected latents \[B, 16, h, w\]"):
+        model(input_ids=torch.tensor([[2, 7, 30]]), world_latents=torch.zeros(shape))
+
+
+def test_a_missing_norm_is_initialised_not_left_as_memory_was(tmp_path):
+    model = make_model()
+    state = {name: tensor for name, tensor in model.state_dict().items() if "norm" not in name or "world" not in name}
+    model.save_pretrained(tmp_path, state_dict=state)
+    loaded = TheWorldForConditionalGeneration.from_pretrained(tmp_path)
+    for name, parameter in loaded.model.world_encoder.named_parameters():
+        if name.endswith("gamma"):
+            assert torch.equal(parameter, torch.ones_like(parameter)), name
+
+
+def test_fullgraph_compilation_of_the_encoder_gives_the_same_latents():
+    model = make_model()
+    images = torch.rand(1, 3, 16, 16)
+    with torch.no_grad():
+        compiled = torch.compile(model.model.world_encoder, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(images), model.model.world_encoder(images), **FLOAT32_TOLERANCE)

@@ -1,0 +1,271 @@
+"""Pins what the processor makes of text and images, and what it refuses."""
+
+import base64
+from io import BytesIO
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor, AutoTokenizer
+
+from theworld import TheWorldProcessor
+
+
+QUESTION = "what is it?"
+
+
+@pytest.fixture(scope="module")
+def folder(convert):
+    return convert("gemma2")
+
+
+@pytest.fixture
+def processor(folder):
+    return TheWorldProcessor.from_pretrained(folder)
+
+
+def places(processor, input_ids) -> list[int]:
+    """The number of `<world>` places in each row."""
+    return (torch.as_tensor(input_ids) == processor.image_token_id).sum(-1).tolist()
+
+
+def test_one_world_becomes_an_images_places_between_start_and_end(processor, photo):
+    inputs = processor(text=f"a<world>{QUESTION}", images=photo, return_tensors="pt")
+    assert inputs["pixel_values"].shape == (1, 3, 64, 64)
+    expected = f"<bos>a<start_of_world>{'<world>' * 64}<end_of_world>{QUESTION}"
+    assert processor.decode(inputs["input_ids"][0]) == expected
+    assert inputs["input_ids"][0, 2] == 8 and inputs["input_ids"][0, 3] == 7 and inputs["input_ids"][0, 67] == 9
+
+
+def test_pixels_are_resized_and_in_minus_one_to_one(processor):
+    for value, expected in ((0, -1.0), (255, 1.0)):
+        image = Image.new("RGB", (50, 30), (value,) * 3)
+        pixel_values = processor(text="<world>", images=image, return_tensors="pt")["pixel_values"]
+        assert pixel_values.dtype == torch.float32
+        assert torch.equal(pixel_values, torch.full((1, 3, 64, 64), expected))
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 128), (8, 8), (88, 40)])
+def test_any_multiple_of_the_patch_size_can_be_asked_for_per_call(processor, photo, height, width):
+    size = {"height": height, "width": width}
+    inputs = processor(text="<world>", images=photo, size=size, return_tensors="pt")
+    assert inputs["pixel_values"].shape == (1, 3, height, width)
+    assert places(processor, inputs["input_ids"]) == [height * width // 64]
+    assert processor._get_num_multimodal_tokens([(600, 512)], size=size)["num_image_tokens"] == [height * width // 64]
+
+
+def test_the_default_size_is_512(sources, tmp_path):
+    import convert_weights
+
+    arguments = [
+        "--vae",
+        str(sources / "pipeline"),
+        "--gemma",
+        str(sources / "gemma2"),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert convert_weights.main(arguments) == 0
+    processor = TheWorldProcessor.from_pretrained(tmp_path / "out")
+    inputs = processor(text="<world>", images=Image.new("RGB", (30, 20)), return_tensors="pt")
+    assert inputs["pixel_values"].shape == (1, 3, 512, 512)
+    assert places(processor, inputs["input_ids"]) == [4096]
+
+
+def test_unresized_images_keep_their_size(processor):
+    image = Image.new("RGB", (48, 16))
+    inputs = processor(text="<world>", images=image, do_resize=False, return_tensors="pt")
+    assert inputs["pixel_values"].shape == (1, 3, 16, 48)
+    assert places(processor, inputs["input_ids"]) == [12]
+    assert processor._get_num_multimodal_tokens([(16, 48)], do_resize=False)["num_image_tokens"] == [12]
+
+
+def test_a_batch_of_two_one_and_no_images_is_padded_on_the_left(processor, photo):
+    prompts = [f"<world>{QUESTION}<world>", QUESTION, f"{QUESTION}<world>"]
+    nested = processor(text=prompts, images=[[photo, photo], [], [photo]], padding=True, return_tensors="pt")
+    flat = processor(text=prompts, images=[photo] * 3, padding=True, return_tensors="pt")
+    assert places(processor, nested["input_ids"]) == [128, 0, 64]
+    assert nested["pixel_values"].shape[0] == 3
+    assert nested["attention_mask"][1, 0] == 0 and nested["attention_mask"][:, -1].all()
+    for name in nested:
+        assert torch.equal(nested[name], flat[name])
+
+
+def test_prompts_without_images(processor):
+    for options in ({}, {"images": []}, {"images": [[], []]}):
+        inputs = processor(text=[QUESTION, QUESTION], return_tensors="pt", **options)
+        assert set(inputs) == {"input_ids", "attention_mask"}
+
+
+def test_images_alone(processor, photo):
+    assert set(processor(images=[photo, photo], return_tensors="pt")) == {"pixel_values"}
+
+
+def test_names_of_the_models_inputs(processor, photo):
+    assert processor.model_input_names == ["pixel_values", "input_ids", "attention_mask"]
+    inputs = processor(text="<world>", images=photo, return_mm_token_type_ids=True)
+    expected = [int(token == processor.image_token_id) for token in inputs["input_ids"][0]]
+    assert list(inputs["mm_token_type_ids"][0]) == expected and sum(expected) == 64
+
+
+def test_number_of_tokens_without_images(processor):
+    assert "num_image_tokens" not in processor._get_num_multimodal_tokens()
+    data = processor._get_num_multimodal_tokens([(10, 20), (500, 400)])
+    assert data["num_image_tokens"] == [64, 64] and data["num_image_patches"] == [1, 1]
+
+
+def conversation(image: dict) -> list[dict]:
+    return [
+        {"role": "system", "content": "look well"},
+        {"role": "user", "content": [{"type": "image", **image}, {"type": "text", "text": "what is it?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "an officer"}]},
+        {"role": "user", "content": "sure?"},
+    ]
+
+
+CHAT = (
+    "<bos><start_of_turn>user\nlook well\n\n{image}what is it?<end_of_turn>\n<start_of_turn>model\nan officer"
+    "<end_of_turn>\n<start_of_turn>user\nsure?<end_of_turn>\n<start_of_turn>model\n"
+)
+
+
+def test_chat_template_text(processor):
+    assert processor.apply_chat_template(conversation({}), add_generation_prompt=True) == CHAT.format(image="<world>")
+
+
+@pytest.mark.parametrize("form", ["image", "path", "url", "base64"])
+def test_chat_contents_bring_their_images(processor, photo, tmp_path, form):
+    photo.save(tmp_path / "photo.png")
+    encoded = BytesIO()
+    photo.save(encoded, format="PNG")
+    image = {
+        "image": photo,
+        "path": str(tmp_path / "photo.png"),
+        "url": str(tmp_path / "photo.png"),
+        "base64": base64.b64encode(encoded.getvalue()).decode(),
+    }[form]
+    inputs = processor.apply_chat_template(
+        conversation({form: image}), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    block = f"<start_of_world>{'<world>' * 64}<end_of_world>"
+    assert processor.decode(inputs["input_ids"][0]) == CHAT.format(image=block)
+    assert (inputs["input_ids"] == 2).sum() == 1  # one <bos>
+    direct = processor(images=photo, return_tensors="pt")
+    assert torch.equal(inputs["pixel_values"], direct["pixel_values"])
+
+
+def test_a_batch_of_conversations_with_and_without_images(processor, photo):
+    plain = [{"role": "user", "content": "sure?"}]
+    inputs = processor.apply_chat_template(
+        [conversation({"image": photo}), plain],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True},
+    )
+    assert places(processor, inputs["input_ids"]) == [64, 0]
+
+
+def test_the_chat_template_marks_what_the_assistant_says(processor, photo):
+    inputs = processor.apply_chat_template(
+        conversation({"image": photo}), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    mask = torch.tensor(inputs["assistant_masks"][0]).bool()
+    assert processor.decode(torch.tensor(inputs["input_ids"][0])[mask]) == "an officer<end_of_turn>\n"
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([{"role": "assistant", "content": "hi"}], "Turns must alternate .* got 'assistant' as turn 1"),
+        ([{"role": "user", "content": "hi"}] * 2, "got 'user' as turn 2"),
+        ([{"role": "user", "content": [{"type": "video"}]}], "content of type 'text' and 'image', got 'video'"),
+        ([{"role": "system", "content": "hi"}], "A system message needs a user message after it"),
+    ],
+)
+def test_conversations_that_gemma_cannot_read_are_refused(processor, messages, message):
+    with pytest.raises(Exception, match=message):
+        processor.apply_chat_template(messages)
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "message"),
+    [
+        ("<world>", 2, r"The prompts have 1 `<world>`, but 2 image\(s\) came"),
+        ("<world><world>", 1, r"The prompts have 2 `<world>`, but 1 image\(s\) came"),
+        (QUESTION, 1, r"The prompts have 0 `<world>`, but 1 image\(s\) came. Write one `<world>`"),
+        ("<world>", 0, r"The prompts have 1 `<world>`, but 0 image\(s\) came"),
+    ],
+)
+def test_images_and_places_must_agree(processor, photo, text, count, message):
+    with pytest.raises(ValueError, match=message):
+        processor(text=text, images=[photo] * count or None)
+
+
+def test_images_of_another_prompt_are_refused(processor, photo):
+    with pytest.raises(ValueError, match=r"the prompts have \[1, 0\], the images are \[0, 1\]"):
+        processor(text=["<world>", QUESTION], images=[[], [photo]])
+    with pytest.raises(ValueError, match="a list of images for each prompt, got a mixture"):
+        processor(text=["<world>", "<world>"], images=[photo, [photo]])
+
+
+@pytest.mark.parametrize(("height", "width"), [(60, 64), (64, 4), (227, 227)])
+def test_sizes_that_would_be_cropped_are_refused(processor, photo, height, width):
+    size = {"height": height, "width": width}
+    with pytest.raises(ValueError, match=f"Image sides must be positive multiples of 8 pixels, got {height}x{width}"):
+        processor(text="<world>", images=photo, size=size)
+
+
+def test_truncation_through_world_tokens_is_refused(processor, photo):
+    with pytest.raises(ValueError, match="Mismatch in `image` token count"):
+        processor(text="<world>", images=photo, truncation=True, max_length=20)
+
+
+def test_a_tokenizer_without_the_world_tokens_is_refused(processor, sources):
+    tokenizer = AutoTokenizer.from_pretrained(sources / "gemma2")
+    with pytest.raises(ValueError, match="has no <world>, <start_of_world>, <end_of_world>. Use the one that"):
+        TheWorldProcessor(processor.image_processor, tokenizer)
+
+
+def test_channel_tokens_are_16_at_one_size(convert, photo):
+    processor = TheWorldProcessor.from_pretrained(convert("gemma2", "--token-layout", "channel"))
+    inputs = processor(text="<world>", images=photo, return_tensors="pt")
+    assert places(processor, inputs["input_ids"]) == [16]
+    assert processor._get_num_multimodal_tokens([(600, 512)])["num_image_tokens"] == [16]
+    with pytest.raises(ValueError, match="built for images of 64x64 pixels, got 32x32"):
+        processor(text="<world>", images=photo, size={"height": 32, "width": 32})
+
+
+def test_merged_tokens_are_a_quarter_as_many(convert, photo):
+    processor = TheWorldProcessor.from_pretrained(convert("gemma2", "--latent-merge-size", "2"))
+    inputs = processor(text="<world>", images=photo, return_tensors="pt")
+    assert places(processor, inputs["input_ids"]) == [16]
+    with pytest.raises(ValueError, match="multiples of 16 pixels, got 64x72"):
+        processor(text="<world>", images=photo, size={"height": 64, "width": 72})
+
+
+class TorchvisionImageProcessor:
+    """What `AutoImageProcessor` hands over where torchvision is installed, as far as TheWorldProcessor looks at it."""
+
+    backend = "torchvision"
+
+    def __init__(self, fields: dict):
+        self.fields = fields
+
+    def to_dict(self) -> dict:
+        return self.fields
+
+
+def test_images_are_processed_by_pil_even_where_torchvision_is_installed(processor):
+    fields = processor.image_processor.to_dict()
+    pinned = TheWorldProcessor(TorchvisionImageProcessor(fields), processor.tokenizer).image_processor
+    assert pinned.backend == "pil" and pinned.to_dict() == fields
+
+
+def test_save_and_reload(processor, folder, photo, tmp_path):
+    processor.save_pretrained(tmp_path)
+    reloaded = AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
+    original, again = (each(text=f"<world>{QUESTION}", images=photo) for each in (processor, reloaded))
+    assert original["input_ids"] == again["input_ids"]
+    assert reloaded.chat_template == processor.chat_template
+    assert (tmp_path / "chat_template.jinja").is_file() and (tmp_path / "processing_theworld.py").is_file()
