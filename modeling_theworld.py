@@ -228,15 +228,36 @@ class TheWorldModel(TheWorldPreTrainedModel):
         latents = self.get_world_latents(pixel_values)
         return BaseModelOutputWithPooling(last_hidden_state=latents, pooler_output=self.world_projection(latents))
 
+    def get_world_tokens(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        world_latents: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+    ) -> torch.Tensor | None:
+        """
+        World tokens [B, N, D] from images in whichever form they came; None if none came.
+
+        Raises:
+            ValueError: If images came in more than one form.
+        """
+        encoded = (mm_encoder_outputs or {}).get("image")
+        if sum(form is not None for form in (pixel_values, world_latents, encoded)) > 1:
+            raise ValueError("Give the images once: as `pixel_values`, as `world_latents` or as `mm_encoder_outputs`.")
+        if pixel_values is not None:
+            return self.get_image_features(pixel_values, return_dict=True).pooler_output
+        if world_latents is not None:
+            return self.world_projection(world_latents)
+        return encoded.pooler_output if encoded is not None else None
+
     def get_placeholder_mask(
-        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None, image_features: torch.Tensor
     ) -> torch.Tensor:
         """
         Finds the places of world tokens, and checks that there are as many places as tokens.
 
         Args:
             input_ids: [batch, S], or None to compare `inputs_embeds` with the embedding of `<world>`.
-            inputs_embeds: [batch, S, D].
+            inputs_embeds: [batch, S, D]; needed only without `input_ids`.
             image_features: World tokens [B, N, D].
 
         Returns:
@@ -254,8 +275,8 @@ class TheWorldModel(TheWorldPreTrainedModel):
         torch_compilable_check(
             mask.sum() == num_images * num_tokens,
             lambda: (
-                f"{num_images} image(s) of {num_tokens} world tokens need {num_images * num_tokens} `<world>` "
-                f"places in the prompts, found {int(mask.sum())}. TheWorldProcessor expands one `<world>` an image."
+                f"{num_images} image(s) of {num_tokens} world tokens need {num_images * num_tokens} `<world>` places, "
+                f"but the prompts have {mask.sum(-1).tolist()}. TheWorldProcessor expands one `<world>` an image."
             ),
         )
         return mask.unsqueeze(-1)
@@ -281,21 +302,10 @@ class TheWorldModel(TheWorldPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
-        encoded = (mm_encoder_outputs or {}).get("image")
-        if sum(source is not None for source in (pixel_values, world_latents, encoded)) > 1:
-            raise ValueError("Give the images once: as `pixel_values`, as `world_latents` or as `mm_encoder_outputs`.")
-
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
-        world_tokens = None
-        if pixel_values is not None:
-            world_tokens = self.get_image_features(pixel_values, return_dict=True).pooler_output
-        elif world_latents is not None:
-            world_tokens = self.world_projection(world_latents)
-        elif encoded is not None:
-            world_tokens = encoded.pooler_output
-
+        world_tokens = self.get_world_tokens(pixel_values, world_latents, mm_encoder_outputs)
         if world_tokens is not None:
             world_tokens = world_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, world_tokens)
@@ -419,11 +429,19 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
             image_hidden_states=outputs.image_hidden_states,
         )
 
-    def prepare_inputs_for_generation(self, *args, is_first_iteration: bool | None = False, **kwargs) -> dict:
-        """As transformers' own, which sends images with the prompt only; precomputed latents likewise."""
-        inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs,
+    ) -> dict:
+        """As transformers' own; encoded images go with the prompt only, which 5.17 leaves to the model."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
         if not is_first_iteration and kwargs.get("use_cache", True):
-            inputs.pop("world_latents", None)
+            inputs.pop("mm_encoder_outputs", None)
         return inputs
 
     def _expand_inputs_for_generation(
@@ -433,21 +451,30 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
         input_ids: torch.LongTensor | None = None,
         **model_kwargs,
     ) -> tuple[torch.LongTensor, dict]:
-        """As transformers' own, but one prompt's images [A, B] become [A, B, A, B] for two beams, not [A, A, B, B]."""
-        images = {
-            name: model_kwargs.pop(name)
-            for name in ("pixel_values", "world_latents")
-            if model_kwargs.get(name) is not None
-        }
-        for name, batch in images.items():
-            places = (input_ids == self.config.image_token_id).sum(-1)
-            images_per_prompt = (places * len(batch) // places.sum()).tolist()
-            prompts = batch.split(images_per_prompt)
-            images[name] = torch.cat([prompt.repeat(expand_size, 1, 1, 1) for prompt in prompts])
+        """
+        As transformers' own, and encodes the images, once, before beams multiply the prompts.
+
+        A prompt's images stay together: for two beams, [A, B] becomes [A, B, A, B] and not [A, A, B, B].
+        """
+        image_forms = ("pixel_values", "world_latents", "mm_encoder_outputs")
+        world_tokens = self.model.get_world_tokens(**{form: model_kwargs.pop(form, None) for form in image_forms})
+        if world_tokens is not None:
+            prompts = input_ids if input_ids.numel() else None
+            mask = self.model.get_placeholder_mask(prompts, model_kwargs.get("inputs_embeds"), world_tokens)
+            places, places_per_image = mask.sum((1, 2)), world_tokens.shape[1]
+            if (places % places_per_image).any():
+                raise ValueError(
+                    f"An image's {places_per_image} `<world>` places must be in one prompt, but the prompts have "
+                    f"{places.tolist()}."
+                )
+            images_by_prompt = world_tokens.split((places // places_per_image).tolist())
+            world_tokens = torch.cat([images.repeat(expand_size, 1, 1) for images in images_by_prompt])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
-        return input_ids, {**model_kwargs, **images}
+        if world_tokens is not None:
+            model_kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=world_tokens)}
+        return input_ids, model_kwargs
 
 
 TheWorldForConditionalGeneration.register_for_auto_class("AutoModel")

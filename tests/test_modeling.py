@@ -4,6 +4,8 @@ from copy import deepcopy
 
 import pytest
 import torch
+import transformers
+from packaging import version
 from tiny_sources import TEXT_CONFIGS, VAE_FIELDS
 from transformers import AutoModel, AutoModelForCausalLM, set_seed
 
@@ -148,6 +150,21 @@ def test_a_static_cache_gives_the_same_answer(model, inputs):
     assert torch.equal(generate(model, inputs), static)
 
 
+def test_prompt_lookup_gives_the_same_answer(model, processor):
+    """Its drafts are copied from the prompt, in which most tokens are `<world>`."""
+    batch = processor(text=f"a?<world>{QUESTION}a?", images=pictures(1)[0], return_tensors="pt")
+    drafted = generate(model, batch, prompt_lookup_num_tokens=4)
+    assert torch.equal(drafted, generate(model, batch))
+
+
+def test_chunked_prefill_gives_the_same_answer_or_says_that_it_cannot(model, inputs):
+    if version.parse(transformers.__version__) >= version.parse("5.23"):
+        assert torch.equal(generate(model, inputs, prefill_chunk_size=50), generate(model, inputs))
+    else:
+        with pytest.raises(ValueError, match="`<world>` places"):
+            generate(model, inputs, prefill_chunk_size=50)
+
+
 def test_eager_and_sdpa_agree_on_images(checkpoint, inputs):
     eager, default = (
         AutoModel.from_pretrained(checkpoint, trust_remote_code=True, **options).eval()
@@ -184,12 +201,25 @@ def test_beams_keep_the_images_of_a_prompt_together(model, processor):
             )
 
 
-def test_the_encoder_runs_once_a_generate(model, inputs):
-    calls = []
-    hook = model.model.world_encoder.register_forward_hook(lambda *arguments: calls.append(1))
-    generate(model, inputs)
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"use_cache": False}])
+def test_the_encoder_runs_once_a_generate(model, inputs, options):
+    batches = []
+    hook = model.model.world_encoder.register_forward_hook(lambda module, args, latents: batches.append(len(latents)))
+    generate(model, inputs, **options)
     hook.remove()
-    assert len(calls) == 1
+    assert batches == [3]
+
+
+def test_embeddings_in_place_of_ids_generate_the_same(model, inputs):
+    embedded = {
+        "inputs_embeds": model.get_input_embeddings()(inputs["input_ids"]),
+        "attention_mask": inputs["attention_mask"],
+        "pixel_values": inputs["pixel_values"],
+    }
+    for options in ({}, {"num_beams": 2}):
+        with torch.no_grad():
+            new_tokens = model.generate(**embedded, max_new_tokens=8, do_sample=False, **options)
+        assert torch.equal(new_tokens, generate(model, inputs, **options))
 
 
 def test_labels_of_minus_100_give_no_loss_and_changed_labels_change_it(model, processor):
@@ -323,18 +353,28 @@ def test_image_features_hold_latents_and_projected_tokens(model, inputs):
 def test_a_prompt_without_a_place_for_its_image_is_refused(model, processor, inputs):
     text = processor(text=QUESTION, return_tensors="pt")
     with pytest.raises(
-        ValueError, match=r"1 image\(s\) of 64 world tokens need 64 `<world>` places in the prompts, found 0"
+        ValueError, match=r"1 image\(s\) of 64 world tokens need 64 `<world>` places, but the prompts have \[0\]"
     ):
         model(**text, pixel_values=inputs["pixel_values"][:1])
-    with pytest.raises(ValueError, match="need 64 `<world>` places"):
-        generate(model, {**text, "pixel_values": inputs["pixel_values"][:1]})
+    for options in ({}, {"num_beams": 2}):
+        with pytest.raises(ValueError, match="need 64 `<world>` places"):
+            generate(model, {**text, "pixel_values": inputs["pixel_values"][:1]}, **options)
 
 
 def test_an_image_too_many_or_too_few_is_refused(model, inputs):
     prompts = without_images(inputs)
     for count in (1, 2):
-        with pytest.raises(ValueError, match=rf"{count} image\(s\) .* need {64 * count} .* found 192"):
+        with pytest.raises(ValueError, match=rf"{count} image\(s\) .* need {64 * count} .* have \[128, 0, 64\]"):
             model(**prompts, pixel_values=inputs["pixel_values"][:count])
+
+
+def test_an_image_split_over_two_prompts_is_refused(model):
+    input_ids = torch.full((2, 34), model.config.image_token_id)
+    input_ids[0, :3] = input_ids[1, :1] = 30
+    with pytest.raises(
+        ValueError, match=r"64 `<world>` places must be in one prompt, but the prompts have \[31, 33\]"
+    ):
+        model.generate(input_ids, pixel_values=torch.zeros(1, 3, 64, 64), max_new_tokens=1)
 
 
 def test_a_prompt_whose_image_is_missing_is_refused(model, inputs):

@@ -1,0 +1,116 @@
+"""Pins the README: its snippets run, its commands exist, its options and files are the real ones."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from transformers import AutoConfig
+
+import convert_weights
+
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def user_folder(convert, tmp_path, monkeypatch) -> Path:
+    """A folder as the README assumes it: the pictures, and `my-theworld` as convert_weights.py writes it."""
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    (tmp_path / "my-theworld").symlink_to(convert("gemma2", "--image-size", "512"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_python_snippets_run_as_they_stand(user_folder, capsys):
+    assert len(blocks("python")) == 4
+    namespace = {}
+    for block in blocks("python"):
+        exec(block, namespace)
+    assert capsys.readouterr().out
+    assert namespace["latents"].shape == (1, 16, 64, 64)
+    assert namespace["model"].model.world_projection.linear_1.weight.grad.abs().sum() > 0
+    assert AutoConfig.from_pretrained("my-tuned-theworld", trust_remote_code=True).model_type == "theworld"
+    trained = namespace["processor"].decode(namespace["labels"][0][namespace["labels"][0] != -100])
+    assert trained.endswith("opper") and "?" not in trained
+
+
+def test_the_shell_commands_exist(user_folder):
+    makefile = (ROOT / "Makefile").read_text()
+    commands = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    for command in filter(None, commands):
+        match command.split():
+            case ["make", target]:
+                assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+            case ["pip", "install", "-e", "."]:
+                assert (ROOT / "pyproject.toml").is_file()
+            case ["python", "convert_weights.py", *arguments]:
+                assert convert_weights.parse_arguments(arguments).output == Path("my-theworld")
+            case ["python", "demo.py", *_]:
+                arguments = re.findall(r'"([^"]*)"|(\S+)', command)[2:]
+                run_demo(*(quoted or plain for quoted, plain in arguments))
+            case _:
+                pytest.fail(f"no test runs {command!r}")
+
+
+def run_demo(*arguments: str) -> str:
+    finished = subprocess.run(
+        [sys.executable, str(ROOT / "demo.py"), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def test_the_demo_shows_prompt_counts_answer_and_times(convert):
+    printed = run_demo(str(ROOT / "assets" / "grace_hopper.jpg"), "who?", "--model", str(convert("gemma2")))
+    assert "512x600 pixels" in printed
+    assert "<start_of_world><world> x 64<end_of_world>who?" in printed
+    assert re.search(r"Tokens    \d+ in the prompt, 64 of them world tokens; \d+ in the answer", printed)
+    assert re.search(r"^Answer    '", printed, flags=re.MULTILINE)
+    for stage in ("load the model", "process the picture", "encode the picture", "generate", "the first token"):
+        assert re.search(rf"{stage}.* \d+\.\d ms", printed), stage
+
+
+def test_the_demo_refuses_what_is_no_picture(convert):
+    finished = subprocess.run(
+        [sys.executable, str(ROOT / "demo.py"), str(ROOT / "LICENSE"), "who?", "--model", str(convert("gemma2"))],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert finished.returncode == 1 and not finished.stdout
+    assert re.search(r"^demo.py: error: .*LICENSE cannot be read as a picture", finished.stderr, flags=re.MULTILINE)
+
+
+def test_the_options_are_those_of_the_converter():
+    table = README.split("| option |")[1].split("\n\n")[0]
+    first_and_last = re.findall(r"^\| (.*?) \|.*\| (.*?) \|$", table, flags=re.MULTILINE)
+    documented = set(re.findall(r"`(--[a-z-]+)", " ".join(sum(first_and_last, ()))))
+    arguments = convert_weights.parse_arguments(["--vae", "a", "--gemma", "b", "--output", "c"])
+    real = {f"--{name.replace('_', '-')}" for name in vars(arguments)}
+    assert documented == real
+    for option, default in re.findall(r"^\| `--([a-z-]+)` \| `?(\w+)`? \|", table, flags=re.MULTILINE):
+        value = getattr(arguments, option.replace("-", "_"))
+        assert str(value) == default or (default == "off" and value is False), option
+
+
+def test_the_files_are_there():
+    table = README.split("| file |")[1].split("\n\n")[0]
+    for name in re.findall(r"^\| `([^`]+)`", table, flags=re.MULTILINE):
+        assert (ROOT / name).exists(), name
+
+
+def test_the_card_has_valid_metadata():
+    data = ModelCard.load(ROOT / "README.md").data
+    assert data.library_name == "transformers" and data.pipeline_tag == "image-text-to-text"
+    assert data.license == "apache-2.0" and "custom_code" in data.tags and data.language == "en"
