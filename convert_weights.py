@@ -147,7 +147,10 @@ def fetch(name: str, revision: str | None, patterns: list[str]) -> Source:
         return Source(Path(name), name)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise ConversionError(f"{name} is neither a folder nor a Hub id (ORG/NAME).")
-    folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except OSError as error:
+        raise ConversionError(f"{name} is no folder here, and could not be had from the Hub: {error}") from error
     return Source(folder, name, commit=folder.name)
 
 
@@ -275,12 +278,23 @@ class Plan:
     dropped: list[str]
 
     def load(self, name: str) -> torch.Tensor:
+        """The model's tensor `name`, in the dtype of its source."""
         if name in self.fresh:
             return self.fresh[name]
         checkpoint, key = self.sources[name]
         tensor = checkpoint.load(key)
-        new_rows = len(self.shapes[name]) and self.shapes[name][0] - len(tensor)
+        new_rows = self.shapes[name][0] - len(tensor)
         return append_mean_rows(tensor, new_rows) if new_rows else tensor
+
+
+def initialize_projection(model: TheWorldForConditionalGeneration) -> dict[str, torch.Tensor]:
+    """The tensors of a freshly initialised projection, the same at every run, for a `model` on the meta device."""
+    projection = model.model.world_projection.to_empty(device="cpu")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for module in projection.modules():
+            model._init_weights(module)
+    return projection.state_dict(prefix="model.world_projection.")
 
 
 def plan_tensors(
@@ -289,19 +303,13 @@ def plan_tensors(
     mapped_checkpoints: list[tuple[Checkpoint, Callable[[str], str | None]]],
 ) -> Plan:
     """
-    Finds a source for every tensor of `model`, a model on the meta device; the projection's are freshly initialised.
+    Finds a source for every tensor of `model`, a model on the meta device, but the projection's.
 
     Refuses checkpoints that are not exactly what their configs describe; `vocab_size` is the source Gemma's.
     """
     tied = model.all_tied_weights_keys
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in tied}
-
-    torch.manual_seed(0)
-    projection = model.model.world_projection.to_empty(device="cpu")
-    for module in projection.modules():
-        model._init_weights(module)
-    fresh = projection.state_dict(prefix="model.world_projection.")
-
+    fresh = initialize_projection(model)
     sources, dropped = {}, []
     for checkpoint, map_key in mapped_checkpoints:
         for key in checkpoint.files:
@@ -436,7 +444,7 @@ def write_card(folder: Path, vae: Source, gemma: Source, config: TheWorldConfig,
 TheWorld: the latent of an image, one token for each {config.patch_size}x{config.patch_size} pixels, read by Gemma.
 Converted with `convert_weights.py` from
 
-{os.linesep.join(lines)}
+{chr(10).join(lines)}
 
 The projection between the two (`model.world_projection`) is freshly initialised: **train it before you trust an
 answer.**
@@ -543,23 +551,25 @@ def convert(
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Join a Wan VAE and a Gemma into a TheWorld checkpoint.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(description="Join a Wan VAE and a Gemma into a TheWorld checkpoint.")
     add = parser.add_argument
     add("--vae", required=True, metavar="DIR_OR_REPO", help="a diffusers AutoencoderKLWan, or a pipeline that has one")
-    add("--vae-subfolder", default="vae", metavar="NAME", help="a pipeline's VAE; '' for a repo that is one")
+    add("--vae-subfolder", default="vae", metavar="NAME", help="the pipeline's VAE (%(default)s); '' if there is none")
     add("--vae-revision", metavar="REVISION", help="branch, tag or commit on the Hub")
     add("--gemma", required=True, metavar="DIR_OR_REPO", help="a Gemma, Gemma 2 or Gemma 3 in transformers' format")
     add("--gemma-revision", metavar="REVISION", help="branch, tag or commit on the Hub")
     add("--output", required=True, type=Path, metavar="DIR", help="the folder to write")
-    add("--image-size", type=int, default=512, metavar="PIXELS", help="side that the processor resizes images to")
-    add("--projector-type", choices=["linear", "mlp"], default="linear", help="latents to Gemma's width")
-    add("--token-layout", choices=["spatial", "channel"], default="spatial", help="what a world token stands for")
-    add("--latent-merge-size", type=int, default=1, metavar="N", help="pack NxN latent positions into one token")
+    add("--image-size", type=int, default=512, metavar="PIXELS", help="side that images are resized to (%(default)s)")
+    add("--projector-type", choices=["linear", "mlp"], default="linear", help="latents to Gemma's width (%(default)s)")
+    add(
+        "--token-layout",
+        choices=["spatial", "channel"],
+        default="spatial",
+        help="whether a token stands for a latent position or for a channel (%(default)s)",
+    )
+    add("--latent-merge-size", type=int, default=1, metavar="N", help="pack NxN positions into a token (%(default)s)")
     add("--normalize-latents", action="store_true", help="apply (z - mean) / std before the projection")
-    add("--dtype", choices=list(DTYPES), default="bfloat16", help="of the written weights")
+    add("--dtype", choices=list(DTYPES), default="bfloat16", help="of the written weights (%(default)s)")
     add("--push-to-hub", metavar="ORG/NAME", help="upload the finished folder to this Hub repo")
     add("--overwrite", action="store_true", help="replace what --output holds")
     return parser.parse_args(arguments)

@@ -437,6 +437,8 @@ def test_a_missing_shard_is_named(tmp_path, run):
 def test_neither_a_folder_nor_a_hub_id(run):
     code, _, error = run(vae="no such folder")
     assert code == 1 and "no such folder is neither a folder nor a Hub id (ORG/NAME)" in error
+    code, _, error = run(vae="org/unreachable")
+    assert code == 1 and "org/unreachable is no folder here, and could not be had from the Hub: " in error
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Pins what the model computes: Gemma untouched without an image, and with one, answers that depend on it."""
 
+from contextlib import contextmanager
 from copy import deepcopy
 
 import pytest
@@ -69,21 +70,26 @@ def test_without_images_logits_are_those_of_gemma_bit_for_bit(sources, convert, 
     assert torch.equal(logits_of(model, batch), logits_of(model, embedded))
 
 
+@contextmanager
+def gemmas_inputs(model):
+    """Collects the `inputs_embeds` of each call of Gemma."""
+    seen = []
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    yield seen
+    hook.remove()
+
+
 def test_gemma_scales_its_embeddings_once_and_world_tokens_not_at_all(model, processor):
     embed = model.get_input_embeddings()
     scale = model.config.text_config.hidden_size**0.5
     torch.testing.assert_close(embed(torch.tensor([30])), embed.weight[30:31] * scale)
     inputs = processor(text=f"<world>{QUESTION}", images=pictures(1)[0], return_tensors="pt")
-    seen = {}
-
-    def record(module, args, kwargs):
-        seen["inputs_embeds"] = kwargs["inputs_embeds"]
-
-    hook = model.model.language_model.register_forward_pre_hook(record, with_kwargs=True)
-    output = model(**inputs)
-    hook.remove()
+    with gemmas_inputs(model) as seen:
+        output = model(**inputs)
     places = inputs["input_ids"] == model.config.image_token_id
-    assert torch.equal(seen["inputs_embeds"][places], output.image_hidden_states.flatten(0, 1))
+    assert torch.equal(seen[0][places], output.image_hidden_states.flatten(0, 1))
 
 
 @torch.no_grad()
@@ -185,20 +191,15 @@ def test_precomputed_latents_stand_in_for_pixels(model, inputs):
         )
 
 
-def test_beams_keep_the_images_of_a_prompt_together(model, processor):
-    """With one beam's worth of luck excluded: each beam search of a batch equals that of its prompt alone."""
-    images = pictures(4)
-    prompts = [f"<world>and<world>{QUESTION}", f"<world>or<world>{QUESTION}"]
-    batch = processor(text=prompts, images=[list(images[:2]), list(images[2:])], padding=True, return_tensors="pt")
-    options = {"num_beams": 3, "num_return_sequences": 3, "output_scores": True, "return_dict_in_generate": True}
-    with torch.no_grad():
-        together = model.generate(**batch, max_new_tokens=4, do_sample=False, **options)
-        for row, prompt in enumerate(prompts):
-            single = processor(text=prompt, images=list(images[2 * row : 2 * row + 2]), return_tensors="pt")
-            alone = model.generate(**single, max_new_tokens=4, do_sample=False, **options)
-            torch.testing.assert_close(
-                together.sequences_scores[3 * row : 3 * row + 3], alone.sequences_scores, **FLOAT32_TOLERANCE
-            )
+def test_beams_keep_the_images_of_a_prompt_together(model, inputs):
+    """Every beam's prompt holds what its prompt holds without beams; prompt 0 has two images, in this order."""
+    with gemmas_inputs(model) as seen:
+        generate(model, inputs)
+        prompts = seen[0]
+        for images in ({}, {"world_latents": model.get_world_latents(inputs["pixel_values"])}):
+            seen.clear()
+            generate(model, {**without_images(inputs), **images} if images else inputs, num_beams=3)
+            torch.testing.assert_close(seen[0], prompts.repeat_interleave(3, dim=0), **FLOAT32_TOLERANCE)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"use_cache": False}])
