@@ -127,6 +127,9 @@ def test_the_folder_is_a_complete_model_repo(checkpoint):
         "tokenizer.json",
         "tokenizer_config.json",
     }
+    template = (convert_weights.HERE / "chat_template.jinja").read_text()
+    assert (checkpoint / "chat_template.jinja").read_text() == template
+    assert AutoTokenizer.from_pretrained(checkpoint).chat_template == template
     saved = json.loads((checkpoint / "config.json").read_text())
     assert saved["architectures"] == ["TheWorldForConditionalGeneration"]
     assert set(saved["auto_map"]) == {

@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import tomllib
 from huggingface_hub import ModelCard
-from transformers import AutoConfig
+from transformers import AutoConfig, Gemma2Config
 
 import convert_weights
 
@@ -77,7 +78,13 @@ def test_the_demo_shows_prompt_counts_answer_and_times(convert):
     assert "<start_of_world><world> x 64<end_of_world>who?" in printed
     assert re.search(r"Tokens    \d+ in the prompt, 64 of them world tokens; \d+ in the answer", printed)
     assert re.search(r"^Answer    '", printed, flags=re.MULTILINE)
-    for stage in ("load the model", "process the picture", "encode the picture", "generate", "the first token"):
+    for stage in (
+        "load the model",
+        "process the picture",
+        "encode the picture",
+        "the first token",
+        "each further token",
+    ):
         assert re.search(rf"{stage}.* \d+\.\d ms", printed), stage
 
 
@@ -108,6 +115,20 @@ def test_the_files_are_there():
     table = README.split("| file |")[1].split("\n\n")[0]
     for name in re.findall(r"^\| `([^`]+)`", table, flags=re.MULTILINE):
         assert (ROOT / name).exists(), name
+
+
+def test_the_limits_are_gemma_2s():
+    config = Gemma2Config()
+    assert (config.max_position_embeddings, config.sliding_window) == (2 * 4096, 4096)
+
+
+def test_the_versions_are_those_of_the_package_and_the_tests():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {"transformers>=5.17,<5.24", "diffusers>=0.36,<0.43", "torch>=2.5"} <= set(project["dependencies"])
+    assert "transformers 5.17 to 5.23, diffusers 0.36 to 0.42, torch 2.5 or later (tested with 2.13" in README
+    newest, oldest = (set((ROOT / f"constraints{name}.txt").read_text().split()) for name in ("", "-oldest"))
+    assert {"transformers==5.23.0", "diffusers==0.42.1"} <= newest
+    assert {"transformers==5.17.0", "diffusers==0.36.0"} <= oldest
 
 
 def test_the_card_has_valid_metadata():

@@ -84,6 +84,7 @@ def test_conversion_at_real_size_stays_under_3_gb_and_loads(real_size_sources, t
     peak = int(peak_line.split()[1]) * 1024  # VmHWM: the largest resident size in kB, mapped files included
     print(*report, f"converted in {seconds:.0f} s, peak memory {peak:,} bytes", sep="\n")
     assert peak < MEMORY_LIMIT
+    assert any(line.split() == ["total", "2,667,977,984", "5,335,955,968"] for line in report)
 
     model = AutoModel.from_pretrained(output, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(output, trust_remote_code=True)

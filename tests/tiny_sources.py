@@ -79,7 +79,19 @@ def make_gemma(folder: Path, config: PreTrainedConfig, num_unused: int = 10, **s
     model = auto_class.from_config(config)
     model.generation_config = GenerationConfig(bos_token_id=2, pad_token_id=0, eos_token_id=[1, 8 + num_unused])
     model.save_pretrained(folder, **save_options)
-    make_tokenizer(num_unused).save_pretrained(folder)
+    tokenizer = make_tokenizer(num_unused)
+    tokenizer.chat_template = "{{ bos_token }}Gemma's own template, which knows no images"
+    tokenizer.save_pretrained(folder)
+    # Gemma's repos were written by transformers 4, which listed the added tokens here too.
+    path = folder / "tokenizer_config.json"
+    fields = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    listed = {
+        index: {field: getattr(token, field) for field in fields}
+        for index, token in tokenizer.added_tokens_decoder.items()
+    }
+    path.write_text(
+        json.dumps({**json.loads(path.read_text()), "added_tokens_decoder": listed, "add_bos_token": True})
+    )
     return folder
 
 
