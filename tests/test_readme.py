@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import tomllib
 from huggingface_hub import ModelCard
 from transformers import AutoConfig, Gemma2Config
 
@@ -123,8 +122,8 @@ def test_the_limits_are_gemma_2s():
 
 
 def test_the_versions_are_those_of_the_package_and_the_tests():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert {"transformers>=5.17,<5.24", "diffusers>=0.36,<0.43", "torch>=2.5"} <= set(project["dependencies"])
+    project = (ROOT / "pyproject.toml").read_text()
+    assert all(f'"{each}"' in project for each in ("transformers>=5.17,<5.24", "diffusers>=0.36,<0.43", "torch>=2.5"))
     assert "transformers 5.17 to 5.23, diffusers 0.36 to 0.42, torch 2.5 or later (tested with 2.13" in README
     newest, oldest = (set((ROOT / f"constraints{name}.txt").read_text().split()) for name in ("", "-oldest"))
     assert {"transformers==5.23.0", "diffusers==0.42.1"} <= newest

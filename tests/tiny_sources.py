@@ -84,14 +84,13 @@ def make_gemma(folder: Path, config: PreTrainedConfig, num_unused: int = 10, **s
     tokenizer.save_pretrained(folder)
     # Gemma's repos were written by transformers 4, which listed the added tokens here too.
     path = folder / "tokenizer_config.json"
-    fields = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    attributes = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
     listed = {
-        index: {field: getattr(token, field) for field in fields}
+        index: {name: getattr(token, name) for name in attributes}
         for index, token in tokenizer.added_tokens_decoder.items()
     }
-    path.write_text(
-        json.dumps({**json.loads(path.read_text()), "added_tokens_decoder": listed, "add_bos_token": True})
-    )
+    fields = {**json.loads(path.read_text()), "added_tokens_decoder": listed, "add_bos_token": True}
+    path.write_text(json.dumps(fields))
     return folder
 
 
