@@ -71,8 +71,9 @@ class TheWorldEncoder(nn.Module):
             dropout=config.dropout,
         )
         self.quant_conv = WanCausalConv3d(config.z_dim * 2, config.z_dim * 2, 1)
+        # The modules stay as diffusers made and named them; only how they meet a single frame changes. Those with a
+        # stride over time are for video: one frame never reaches them.
         for module in self.modules():
-            # Strided convolutions over time are for video: one frame never reaches them.
             if isinstance(module, WanCausalConv3d) and module.stride == (1, 1, 1):
                 module.__class__ = FrameConv
 
@@ -144,10 +145,11 @@ class TheWorldProjector(nn.Module):
                 f"{shape}. Image sides must be multiples of {self.config.patch_size} pixels."
             )
         if self.config.token_layout == "channel":
-            if shape[2] * shape[3] != self.config.world_token_size:
+            side = self.config.image_size // self.config.patch_size
+            if shape[2:] != [side, side]:
                 raise ValueError(
-                    f"`token_layout='channel'` was built for images of {self.config.image_size} pixels a side, which "
-                    f"have {self.config.world_token_size} latent positions, got {shape[2]} x {shape[3]}."
+                    f"`token_layout='channel'` was built for images of {self.config.image_size} pixels a side, whose "
+                    f"latents are {side} x {side}, got {shape[2]} x {shape[3]}."
                 )
             tokens = latents.flatten(2)
         else:
@@ -203,7 +205,8 @@ class TheWorldModel(TheWorldPreTrainedModel):
         """
         latents = self.world_encoder(pixel_values)
         if self.config.normalize_latents:
-            # Read from the config at each call: buffers outside the checkpoint do not survive `from_pretrained`.
+            # Read from the config at each call: `from_pretrained` leaves buffers that no checkpoint holds as memory was
+            # (transformers#48892).
             mean = latents.new_tensor(self.config.world_config.latents_mean).view(-1, 1, 1)
             std = latents.new_tensor(self.config.world_config.latents_std).view(-1, 1, 1)
             latents = (latents - mean) / std
