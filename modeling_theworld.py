@@ -205,7 +205,7 @@ class TheWorldModel(TheWorldPreTrainedModel):
         """
         latents = self.world_encoder(pixel_values)
         if self.config.normalize_latents:
-            # Read from the config at each call: `from_pretrained` leaves buffers that no checkpoint holds as memory was
+            # Read from the config at each call: `from_pretrained` fills buffers that no checkpoint holds with garbage
             # (transformers#48892).
             mean = latents.new_tensor(self.config.world_config.latents_mean).view(-1, 1, 1)
             std = latents.new_tensor(self.config.world_config.latents_std).view(-1, 1, 1)

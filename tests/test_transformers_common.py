@@ -1,12 +1,13 @@
-"""Pins that TheWorld passes the tests transformers asks of every model of its own."""
+"""
+Pins that TheWorld passes the tests transformers asks of every model of its own.
+
+They come from transformers' source distribution, which `make build/transformers_tests` fetches.
+"""
 
 import sys
 import types
 import unittest
 from copy import deepcopy
-from importlib.machinery import PathFinder
-from importlib.util import module_from_spec
-from pathlib import Path
 
 import torch
 from tiny_sources import TEXT_FIELDS, VAE_FIELDS
@@ -18,38 +19,17 @@ from transformers.models.auto.modeling_auto import (
 from theworld import TheWorldConfig, TheWorldForConditionalGeneration, TheWorldModel
 
 
-SUITE = Path(__file__).parent.parent / "build" / "transformers-tests"
+# The distribution leaves out two packages that its `test_modeling_common` takes mixins from (generation, export). Those
+# tests are empty here; generation has its own tests beside this file.
+for name, mixin in (
+    ("transformers_tests.exporters.test_export", "ExportTesterMixin"),
+    ("transformers_tests.generation.test_utils", "GenerationTesterMixin"),
+):
+    sys.modules[name] = types.ModuleType(name)
+    setattr(sys.modules[name], mixin, type(mixin, (), {}))
 
+from transformers_tests import test_modeling_common as suite  # noqa: E402
 
-def load_common_suite() -> types.ModuleType:
-    """
-    Imports `test_modeling_common.py` of transformers' source distribution, fetched by `make build/transformers-tests`.
-
-    The distribution leaves out two packages that it imports mixins from; those tests (generation, export) are empty
-    here, and generation has its own tests beside this file.
-    """
-    if not SUITE.is_dir():
-        raise FileNotFoundError(f"{SUITE} is missing: run `make test`, which fetches it.")
-    package = types.ModuleType("transformers_tests")
-    package.__path__ = [str(SUITE)]
-    sys.modules[package.__name__] = package
-    for name, mixin in (
-        ("exporters.test_export", "ExportTesterMixin"),
-        ("generation.test_utils", "GenerationTesterMixin"),
-    ):
-        parent = types.ModuleType(f"transformers_tests.{name.split('.')[0]}")
-        parent.__path__ = []
-        module = types.ModuleType(f"transformers_tests.{name}")
-        setattr(module, mixin, type(mixin, (), {}))
-        sys.modules[parent.__name__], sys.modules[module.__name__] = parent, module
-    spec = PathFinder.find_spec("transformers_tests.test_modeling_common", package.__path__)
-    suite = module_from_spec(spec)
-    sys.modules[spec.name] = suite
-    spec.loader.exec_module(suite)
-    return suite
-
-
-suite = load_common_suite()
 
 # The suite looks up by class name which tests a model takes part in.
 MODEL_MAPPING_NAMES["theworld"] = TheWorldModel.__name__
