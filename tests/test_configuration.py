@@ -1,5 +1,7 @@
 """Pins the configuration's defaults, what it derives, and what it refuses."""
 
+import doctest
+import importlib
 import inspect
 
 import pytest
@@ -27,6 +29,11 @@ def test_world_config_defaults_are_those_of_diffusers():
         value = getattr(ours, name)
         assert (list(value) if isinstance(value, tuple) else value) == defaults[name], name
     assert ours.spatial_compression_ratio == defaults["scale_factor_spatial"]
+
+
+def test_the_docstrings_example():
+    result = doctest.testmod(importlib.import_module("theworld.configuration_theworld"))
+    assert result.attempted and not result.failed
 
 
 def test_text_config_defaults_to_gemma_2_2b():

@@ -282,7 +282,11 @@ def test_options_reach_the_config(run, tmp_path):
 
 def fake_hub(sources: Path, tmp_path: Path, requests: list):
     """Stands in for `snapshot_download`: copies the files that match to a folder named by a commit."""
-    repos = {"org/pipeline": (sources / "pipeline", "a" * 40), "org/gemma": (sources / "gemma2", "b" * 40)}
+    repos = {
+        "org/pipeline": (sources / "pipeline", "a" * 40),
+        "org/gemma": (sources / "gemma2", "b" * 40),
+        "org/vae": (sources / "pipeline" / "vae", "c" * 40),
+    }
 
     def snapshot_download(repo_id, revision=None, allow_patterns=None):
         requests.append((repo_id, revision))
@@ -312,6 +316,12 @@ def test_hub_ids_fetch_only_what_is_needed_and_the_card_names_the_commits(source
     assert card.data.base_model == ["org/pipeline", "org/gemma"]
     assert card.data.pipeline_tag == "image-text-to-text" and "custom_code" in card.data.tags
     assert f"`org/pipeline` at commit `{'a' * 40}`" in card.text and f"`org/gemma` at commit `{'b' * 40}`" in card.text
+
+
+def test_a_repo_that_is_a_vae_itself(sources, tmp_path, run, monkeypatch):
+    monkeypatch.setattr(convert_weights, "snapshot_download", fake_hub(sources, tmp_path, []))
+    assert run("--vae-subfolder", "", vae="org/vae")[0] == 0
+    assert ModelCard.load(tmp_path / "out" / "README.md").data.base_model == ["org/vae"]
 
 
 def test_push_to_hub_uploads_the_finished_folder(run, tmp_path, monkeypatch):

@@ -19,8 +19,8 @@ from transformers.models.auto.modeling_auto import (
 from theworld import TheWorldConfig, TheWorldForConditionalGeneration, TheWorldModel
 
 
-# The distribution leaves out two packages that its `test_modeling_common` takes mixins from (generation, export). Those
-# tests are empty here; generation has its own tests beside this file.
+# The distribution leaves out two packages that `test_modeling_common` takes mixins from (generation, export). These
+# are empty here; generation has its own tests beside this file.
 for name, mixin in (
     ("transformers_tests.exporters.test_export", "ExportTesterMixin"),
     ("transformers_tests.generation.test_utils", "GenerationTesterMixin"),
