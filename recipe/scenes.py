@@ -128,9 +128,8 @@ def place_things(random: Random, shapes: list[str]) -> list[Thing]:
         for shape, colour in zip(shapes, random.sample(list(COLOURS), len(shapes)), strict=True):
             radius = random.uniform(5, 10)
             reach = radius * 1.25 + 1
-            thing = Thing(
-                shape, colour, random.uniform(reach, SIZE - reach), random.uniform(reach, SIZE - reach), radius
-            )
+            x, y = (random.uniform(reach, SIZE - reach) for _ in range(2))
+            thing = Thing(shape, colour, x, y, radius)
             if any(thing.distance(other) < 1.25 * (radius + other.radius) + 1 for other in things):
                 break
             things.append(thing)
@@ -153,14 +152,13 @@ def ask_colour(random: Random, things: list[Thing]) -> Question | None:
 
 
 def ask_existence(random: Random, things: list[Thing]) -> Question:
-    """Yes for an object of the scene; no for one of its colours and one of its shapes that do not go together."""
+    """Yes for an object of the scene; no for one of its colours with a shape that it does not have."""
     if random.random() < 0.5:
         return Question("existence", f"Is there a {random.choice(things).name}?", "yes")
-    names = {thing.name for thing in things}
-    others = [
-        f"{thing.colour} {shape}" for thing in things for shape in SHAPES if f"{thing.colour} {shape}" not in names
-    ]
-    return Question("existence", f"Is there a {random.choice(others)}?", "no")
+    present = {thing.name for thing in things}
+    names = [f"{thing.colour} {shape}" for thing in things for shape in SHAPES]
+    absent = [name for name in names if name not in present]
+    return Question("existence", f"Is there a {random.choice(absent)}?", "no")
 
 
 def ask_relation(random: Random, things: list[Thing]) -> Question | None:
