@@ -435,13 +435,15 @@ def write_card(folder: Path, vae: Source, gemma: Source, config: TheWorldConfig,
         f"- {part}: `{source.name}`" + (f" at commit `{source.commit}`" if source.commit else "")
         for part, source in sources.items()
     ]
+    square = f"{config.patch_size}x{config.patch_size} pixels"
+    unit = "channel of the latent" if config.token_layout == "channel" else square
     content = f"""---
 {data.to_yaml()}
 ---
 
 # {title}
 
-TheWorld: the latent of an image, one token for each {config.patch_size}x{config.patch_size} pixels, read by Gemma.
+TheWorld: the latent of an image, one token for each {unit}, read by Gemma.
 Converted with `convert_weights.py` from
 
 {chr(10).join(lines)}

@@ -324,6 +324,14 @@ def test_a_repo_that_is_a_vae_itself(sources, tmp_path, run, monkeypatch):
     assert ModelCard.load(tmp_path / "out" / "README.md").data.base_model == ["org/vae"]
 
 
+@pytest.mark.parametrize(
+    ("options", "unit"),
+    [([], "8x8 pixels"), (["--latent-merge-size", "2"], "16x16 pixels"), (["--token-layout", "channel"], "channel")],
+)
+def test_the_card_says_what_a_token_stands_for(convert, options, unit):
+    assert f"one token for each {unit}" in (convert("gemma2", *options) / "README.md").read_text()
+
+
 def test_push_to_hub_uploads_the_finished_folder(run, tmp_path, monkeypatch):
     calls = []
 
