@@ -17,6 +17,9 @@ AUTO_MAP = {
 
 TEXT_MODEL_TYPES = ("gemma", "gemma2", "gemma3_text")
 
+# Fields of diffusers' `AutoencoderKLWan` that change the encoder in ways TheWorld does not read, once they are set.
+UNSUPPORTED_VAE_FIELDS = ("is_residual", "patch_size", "attn_scales")
+
 
 @strict
 class TheWorldEncoderConfig(PreTrainedConfig):
@@ -63,7 +66,7 @@ class TheWorldEncoderConfig(PreTrainedConfig):
     # fmt: on
 
     def __post_init__(self, **kwargs):
-        unsupported = {key: kwargs[key] for key in ("is_residual", "patch_size", "attn_scales") if kwargs.get(key)}
+        unsupported = {key: kwargs[key] for key in UNSUPPORTED_VAE_FIELDS if kwargs.get(key)}
         if unsupported:
             raise ValueError(
                 f"TheWorld reads the VAE of Wan 2.1 and Cosmos-Predict2, but this one has {unsupported} "

@@ -43,6 +43,7 @@ from transformers import (
 )
 
 from theworld import TheWorldConfig, TheWorldEncoderConfig, TheWorldForConditionalGeneration, TheWorldProcessor
+from theworld.configuration_theworld import UNSUPPORTED_VAE_FIELDS
 from theworld.modeling_theworld import TheWorldEncoder
 
 
@@ -88,13 +89,14 @@ def map_gemma_key(key: str) -> str | None:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder of safetensors: which file holds each tensor. Tensors are read one at a time."""
+    """A folder of safetensors: which file holds each tensor, and its shape. Tensors are read one at a time."""
 
     files: dict[str, Path]
+    shapes: dict[str, list[int]]
 
     @classmethod
     def open(cls, folder: Path, name: str) -> "Checkpoint":
-        """Reads the names in `{name}.safetensors`, or in `{name}.safetensors.index.json` and its shards."""
+        """Reads the headers of `{name}.safetensors`, or of the shards in `{name}.safetensors.index.json`."""
         index, single = folder / f"{name}.safetensors.index.json", folder / f"{name}.safetensors"
         if index.is_file():
             weight_map = json.loads(index.read_text())["weight_map"]
@@ -106,20 +108,17 @@ class Checkpoint:
                 f"{folder} holds neither {single.name} nor {index.name}. Only safetensors checkpoints are read; save "
                 "a pickled one (.bin, .pt, .pth) with `save_pretrained` first."
             )
-        files = {}
+        files, shapes = {}, {}
         for path in paths:
             if not path.is_file():
                 raise ConversionError(f"{index} names {path.name}, which is missing. Complete the download.")
             try:
                 with safe_open(path, framework="pt") as file:
-                    files.update(dict.fromkeys(file.keys(), path))
+                    for key in file.keys():  # noqa: SIM118 (not a mapping)
+                        files[key], shapes[key] = path, file.get_slice(key).get_shape()
             except SafetensorError as error:
                 raise ConversionError(f"{path} is no complete safetensors file ({error}). Get it again.") from None
-        return cls(files)
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        with safe_open(self.files[key], framework="pt") as file:
-            return tuple(file.get_slice(key).get_shape())
+        return cls(files, shapes)
 
     def load(self, key: str) -> torch.Tensor:
         with safe_open(self.files[key], framework="pt") as file:
@@ -175,7 +174,7 @@ def read_world_config(vae: Source) -> TheWorldEncoderConfig:
             f"{vae.name}: expected the config.json of a diffusers {VAE_CLASS}, got {fields.get('_class_name')!r}. "
             "Name the pipeline's VAE with --vae-subfolder."
         )
-    known = set(TheWorldEncoderConfig().to_dict()) | {"is_residual", "patch_size", "attn_scales"}
+    known = {*TheWorldEncoderConfig().to_dict(), *UNSUPPORTED_VAE_FIELDS}
     return TheWorldEncoderConfig(**{key: value for key, value in fields.items() if key in known})
 
 
@@ -328,7 +327,7 @@ def plan_tensors(
 
     vocabulary_tables = ("model.language_model.embed_tokens.weight", "lm_head.weight")
     for name, (checkpoint, key) in sources.items():
-        found, expected = list(checkpoint.shape(key)), list(shapes[name])
+        found, expected = checkpoint.shapes[key], list(shapes[name])
         if name in vocabulary_tables:
             expected[0] = vocab_size
         if found != expected:
@@ -431,10 +430,10 @@ def write_card(folder: Path, vae: Source, gemma: Source, config: TheWorldConfig,
         base_model=[source.name for source in sources.values() if source.commit] or None,
         tags=["theworld", "custom_code"],
     )
-    lines = [
+    origins = "\n".join(
         f"- {part}: `{source.name}`" + (f" at commit `{source.commit}`" if source.commit else "")
         for part, source in sources.items()
-    ]
+    )
     square = f"{config.patch_size}x{config.patch_size} pixels"
     unit = "channel of the latent" if config.token_layout == "channel" else square
     content = f"""---
@@ -446,7 +445,7 @@ def write_card(folder: Path, vae: Source, gemma: Source, config: TheWorldConfig,
 TheWorld: the latent of an image, one token for each {unit}, read by Gemma.
 Converted with `convert_weights.py` from
 
-{chr(10).join(lines)}
+{origins}
 
 The projection between the two (`model.world_projection`) is freshly initialised: **train it before you trust an
 answer.**
@@ -482,7 +481,7 @@ class Report:
 
     def __str__(self) -> str:
         rows = [*self.parameters.items(), ("total", sum(self.parameters.values()))]
-        groups = sorted({key.rpartition(".")[0].partition(".")[0] or key for key in self.dropped})
+        groups = sorted({key.split(".")[0] for key in self.dropped})
         return "\n".join(
             [
                 f"{'part':<20}{'parameters':>16}{'bytes':>18}",

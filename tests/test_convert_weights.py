@@ -176,9 +176,8 @@ def test_without_unused_entries_rows_are_appended_at_the_mean(tmp_path, run):
 
 def test_a_table_with_room_keeps_its_size(tmp_path, run):
     """Gemma 3's table has more rows than its tokenizer has entries."""
-    assert (
-        run("--dtype", "float32", gemma=make_gemma(tmp_path / "gemma", TEXT_CONFIGS["gemma2"], num_unused=2))[0] == 0
-    )
+    gemma = make_gemma(tmp_path / "gemma", TEXT_CONFIGS["gemma2"], num_unused=2)
+    assert run("--dtype", "float32", gemma=gemma)[0] == 0
     model = AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert len(model.get_input_embeddings().weight) == TEXT_CONFIGS["gemma2"].vocab_size
     assert model.config.image_token_id == len(make_tokenizer(num_unused=2))
