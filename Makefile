@@ -15,7 +15,7 @@ demo: $(VENV)/.installed
 	@echo
 	$(PYTHON) demo.py assets/grace_hopper.jpg "What is in this picture?" --model $(MODEL)
 
-test: $(VENV)/.installed build/transformers_tests
+test: $(VENV)/.installed build/suite/transformers_tests
 	$(PYTHON) -m pytest
 
 # The same tests on the oldest versions supported; transformers' own suite is that of the newest.
@@ -34,7 +34,7 @@ $(OLDEST)/.installed: constraints-oldest.txt pyproject.toml
 	touch $@
 
 # The common model tests that every architecture in transformers passes; only its source distribution has them.
-build/transformers_tests: $(VENV)/.installed
+build/suite/transformers_tests: $(VENV)/.installed
 	rm -rf build/sdist $@
 	$(PYTHON) -m pip download --quiet --no-deps --no-binary transformers --constraint constraints.txt --dest build/sdist transformers
 	mkdir -p $@

@@ -1,7 +1,7 @@
 """
 Pins that TheWorld passes the tests transformers asks of every model of its own.
 
-They come from transformers' source distribution, which `make build/transformers_tests` fetches.
+They come from transformers' source distribution, which `make build/suite/transformers_tests` fetches.
 """
 
 import sys
