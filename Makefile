@@ -1,19 +1,11 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 OLDEST := .venv-oldest
-SOURCES := build/sources
-MODEL := build/theworld
 
-.PHONY: demo test test-oldest test-real-size clean
+.PHONY: demo test test-oldest test-real-size train evaluate clean
 
-# Gemma's and NVIDIA's weights cannot be shipped, so the demo converts a small pair with random ones.
 demo: $(VENV)/.installed
-	$(PYTHON) tests/tiny_sources.py $(SOURCES)
-	$(PYTHON) convert_weights.py --vae $(SOURCES)/pipeline --gemma $(SOURCES)/gemma --output $(MODEL) --overwrite
-	@echo
-	@echo "The weights are RANDOM (a small VAE, a small Gemma): this shows the path, and the answer means nothing."
-	@echo
-	$(PYTHON) demo.py assets/grace_hopper.jpg "What is in this picture?" --model $(MODEL)
+	$(PYTHON) demo.py assets/scene.png "QUESTION 1" "QUESTION 2" "QUESTION 3" --save build/demo.png
 
 test: $(VENV)/.installed build/suite/transformers_tests
 	$(PYTHON) -m pytest
@@ -25,6 +17,14 @@ test-oldest: $(OLDEST)/.installed
 # A pair of real size with random weights: 5.3 GB written, converted, loaded. Needs 12 GB of disk and 10 GB of memory.
 test-real-size: $(VENV)/.installed
 	$(PYTHON) -m pytest tests/test_real_size.py -m real_size -s
+
+# The bundled model from nothing: hours on 2 cores. It goes on where it was interrupted.
+train: $(VENV)/.installed
+	$(PYTHON) -m recipe.train
+
+# What it answers about scenes it never saw, and without its world tokens; needs what `train` left in build/recipe.
+evaluate: $(VENV)/.installed
+	$(PYTHON) -m recipe.evaluate
 
 $(VENV)/.installed: constraints.txt pyproject.toml
 $(OLDEST)/.installed: constraints-oldest.txt pyproject.toml

@@ -236,7 +236,7 @@ def build_config(
     config = TheWorldConfig(
         world_config=world_config,
         text_config=text_config,
-        image_size=image_size if layout["token_layout"] == "channel" else None,
+        image_size=image_size if layout.get("token_layout") == "channel" else None,
         image_token_id=image_token_id,
         start_of_world_token_id=start_id,
         end_of_world_token_id=end_id,

@@ -2,19 +2,30 @@
 """
 Asks a TheWorld checkpoint about a picture, and shows what went in, what came out and where the time went.
 
-    python demo.py PICTURE "question" --model FOLDER_OR_REPO
+    python demo.py PICTURE "question" ["question" ...]
+    python demo.py --scene SEED     draws a scene and asks its own questions
 """
 
 import argparse
 import re
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 from time import perf_counter
 
 import torch
 from PIL import Image
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor, BatchFeature, PreTrainedModel, ProcessorMixin
 from transformers.generation import BaseStreamer
+
+from look import attention_to_world, draw
+from recipe.scenes import Question, draw_scene
+
+
+# The bundled model is the repo itself.
+BUNDLED = Path(__file__).parent
+# Of a scene's own questions, so many are asked.
+QUESTIONS_PER_SCENE = 3
 
 
 class TokenClock(BaseStreamer):
@@ -39,15 +50,34 @@ class StageTimes(dict):
         yield
         self[name] = perf_counter() - start
 
+    def __str__(self) -> str:
+        return "\n".join(f"  {name:<40}{seconds * 1000:>9.1f} ms" for name, seconds in self.items())
 
-def ask(image: Image.Image, question: str, folder_or_repo: str, max_new_tokens: int) -> None:
-    """Answers a question about an image, and prints the prompt, the counts, the answer and the times."""
+
+def encode(model: PreTrainedModel, processor: ProcessorMixin, image: Image.Image) -> torch.Tensor:
+    """The image's latents, which all questions about it share."""
     times = StageTimes()
-    with times.stage("load the model"):
-        model = AutoModel.from_pretrained(folder_or_repo, trust_remote_code=True).eval()
-        processor = AutoProcessor.from_pretrained(folder_or_repo, trust_remote_code=True)
+    with times.stage("process the picture"):
+        pixel_values = processor.image_processor(image, return_tensors="pt").pixel_values
+    with times.stage("encode the picture"), torch.no_grad():
+        latents = model.get_world_latents(pixel_values)
+    print(f"Picture   {image.width}x{image.height} pixels, read at {pixel_values.shape[3]}x{pixel_values.shape[2]}")
+    print(f"Latents   {list(latents.shape)}, {latents.dtype}")
+    print(times)
+    return latents
 
-    with times.stage("process the picture and the question"):
+
+def ask(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    image: Image.Image,
+    latents: torch.Tensor,
+    question: str,
+    max_new_tokens: int,
+) -> tuple[str, BatchFeature]:
+    """Answers a question about an image; prints the prompt, the counts, the answer and the times."""
+    times = StageTimes()
+    with times.stage("process the question"):
         content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
         inputs = processor.apply_chat_template(
             [{"role": "user", "content": content}],
@@ -56,46 +86,83 @@ def ask(image: Image.Image, question: str, folder_or_repo: str, max_new_tokens: 
             return_dict=True,
             return_tensors="pt",
         )
-    pixel_values, prompt = inputs.pop("pixel_values"), inputs["input_ids"][0]
-
-    with times.stage("encode the picture"), torch.no_grad():
-        latents = model.get_world_latents(pixel_values)
+    del inputs["pixel_values"]  # they are encoded already
+    prompt = inputs["input_ids"][0]
 
     clock = TokenClock()
     with times.stage("read the prompt and answer"):
         output = model.generate(
             **inputs, world_latents=latents, max_new_tokens=max_new_tokens, do_sample=False, streamer=clock
         )
-    answer = output[0, len(prompt) :]
+    tokens = output[0, len(prompt) :]
     prompt_time, first, last = clock.times[0], clock.times[1], clock.times[-1]
     times["  the prompt and the first token"] = first - prompt_time
-    times["  each further token"] = (last - first) / max(len(answer) - 1, 1)
+    times["  each further token"] = (last - first) / max(len(tokens) - 1, 1)
 
     world_tokens = (prompt == model.config.image_token_id).sum().item()
     shown = re.sub(f"({processor.image_token})+", rf"\1 x {world_tokens}", processor.decode(prompt))
-    print(f"Picture   {image.width}x{image.height} pixels, read at {pixel_values.shape[3]}x{pixel_values.shape[2]}")
-    print(f"Latents   {list(latents.shape)}, {model.dtype}")
+    answer = processor.decode(tokens, skip_special_tokens=True).strip()
+    print(f"Question  {question}")
+    print(f"Answer    {answer}")
     print(f"Prompt    {shown!r}")
-    print(f"Tokens    {len(prompt)} in the prompt, {world_tokens} of them world tokens; {len(answer)} in the answer")
-    print(f"Answer    {processor.decode(answer, skip_special_tokens=True)!r}")
-    print("Time")
-    for name, seconds in times.items():
-        print(f"  {name:<40}{seconds * 1000:>9.1f} ms")
+    print(f"Tokens    {len(prompt)} in the prompt, {world_tokens} of them world tokens; {len(tokens)} in the answer")
+    print(times)
+    return answer, inputs
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Ask a TheWorld checkpoint about a picture.",
+        usage="%(prog)s [options] PICTURE QUESTION [QUESTION ...]\n       %(prog)s [options] --scene SEED",
+    )
+    parser.add_argument("picture", nargs="?", help="an image file")
+    parser.add_argument("questions", nargs="*", metavar="question")
+    parser.add_argument("--scene", type=int, metavar="SEED", help="draw this scene, and ask its own questions")
+    parser.add_argument("--model", default=BUNDLED, metavar="FOLDER_OR_REPO", help="instead of the bundled model")
+    parser.add_argument("--save", type=Path, metavar="FILE.png", help="draw the answers and what the model looked at")
+    parser.add_argument("--max-new-tokens", type=int, default=20, metavar="N", help="%(default)s")
+    args = parser.parse_args()
+    if args.scene is not None and args.picture:
+        parser.error("a scene comes with its own picture and questions: give --scene alone, or PICTURE and QUESTION")
+    if args.scene is None and not args.questions:
+        parser.error("give a PICTURE and a QUESTION about it, or --scene SEED")
+    return args
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Ask a TheWorld checkpoint about a picture.")
-    parser.add_argument("picture", help="an image file")
-    parser.add_argument("question")
-    parser.add_argument("--model", required=True, metavar="FOLDER_OR_REPO", help="what convert_weights.py wrote")
-    parser.add_argument("--max-new-tokens", type=int, default=20, metavar="N", help="%(default)s")
-    args = parser.parse_args()
-    try:
-        image = Image.open(args.picture).convert("RGB")
-    except OSError as error:
-        print(f"demo.py: error: {args.picture} cannot be read as a picture: {error}", file=sys.stderr)
-        return 1
-    ask(image, args.question, args.model, args.max_new_tokens)
+    args = parse_arguments()
+    if args.scene is not None:
+        scene = draw_scene(args.scene)
+        image, questions = scene.image, scene.questions[:QUESTIONS_PER_SCENE]
+        save = args.save or Path(f"scene-{args.scene}.png")
+    else:
+        questions = [Question("given", text, answer="") for text in args.questions]
+        save = args.save
+        try:
+            image = Image.open(args.picture).convert("RGB")
+        except OSError as error:
+            print(f"demo.py: error: {args.picture} cannot be read as a picture: {error}", file=sys.stderr)
+            return 1
+
+    times = StageTimes()
+    with times.stage("load the model"):
+        model = AutoModel.from_pretrained(args.model, trust_remote_code=True).eval()
+        processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
+    print(f"Model     {args.model}, {model.num_parameters():,} parameters, {model.dtype}")
+    print(times)
+    latents = encode(model, processor, image)
+    answers = []
+    for question in questions:
+        print()
+        answer, inputs = ask(model, processor, image, latents, question.text, args.max_new_tokens)
+        if question.answer:
+            answer += "  (right)" if answer == question.answer else f"  (wrong: it is {question.answer})"
+            print(f"Drawn as  {question.answer}")
+        answers.append((question.text, answer, inputs))
+    if save:
+        looks = [(text, answer, attention_to_world(model, inputs, latents)) for text, answer, inputs in answers]
+        draw(image, looks, latents).save(save)
+        print(f"\nDrawn in  {save}")
     return 0
 
 

@@ -50,6 +50,19 @@ class FrameConv(WanCausalConv3d):
         return F.conv2d(x.squeeze(2), self.weight[:, :, -1], self.bias, padding="same").unsqueeze(2)
 
 
+def use_frame_convs(module: nn.Module) -> nn.Module:
+    """
+    Makes a Wan VAE, or a part of one, read single frames; returns it.
+
+    The modules stay as diffusers made and named them; only how they meet a single frame changes. Those with a stride
+    over time are for video: one frame never reaches them.
+    """
+    for child in module.modules():
+        if isinstance(child, WanCausalConv3d) and child.stride == (1, 1, 1):
+            child.__class__ = FrameConv
+    return module
+
+
 class TheWorldEncoder(nn.Module):
     """
     The encoder of a Wan VAE, built from diffusers' own modules, for images.
@@ -71,11 +84,7 @@ class TheWorldEncoder(nn.Module):
             dropout=config.dropout,
         )
         self.quant_conv = WanCausalConv3d(config.z_dim * 2, config.z_dim * 2, 1)
-        # The modules stay as diffusers made and named them; only how they meet a single frame changes. Those with a
-        # stride over time are for video: one frame never reaches them.
-        for module in self.modules():
-            if isinstance(module, WanCausalConv3d) and module.stride == (1, 1, 1):
-                module.__class__ = FrameConv
+        use_frame_convs(self)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """

@@ -42,6 +42,18 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "star")
 DIRECTIONS = ("left of", "right of", "above", "below")
+# Kinds of questions, and the answers that each has, all as common.
+KINDS: dict[str, tuple[str, ...]] = {
+    "shape": SHAPES,
+    "colour": tuple(COLOURS),
+    "count": ("0", "1", "2", "3"),
+    "existence": ("yes", "no"),
+    "relation": DIRECTIONS,
+    "largest": tuple(COLOURS),
+    "nearest": tuple(COLOURS),
+    "fall": ("rest", "fall"),
+    "roll": ("left", "right"),
+}
 # Where a question compares distances, sizes or positions, the winner leads by this factor.
 MARGIN = 1.3
 
@@ -51,12 +63,6 @@ class Question:
     kind: str
     text: str
     answer: str
-
-
-@dataclass(frozen=True)
-class Scene:
-    image: Image.Image
-    questions: tuple[Question, ...]
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,13 @@ class Thing:
 
     def distance(self, other: "Thing") -> float:
         return math.hypot(self.x - other.x, self.y - other.y)
+
+
+@dataclass(frozen=True)
+class Scene:
+    image: Image.Image
+    questions: tuple[Question, ...]
+    things: tuple[Thing, ...]
 
 
 def polygon(shape: str, x: float, y: float, radius: float) -> list[tuple[float, float]]:
@@ -122,11 +135,14 @@ class Canvas:
 
 
 def place_things(random: Random, shapes: list[str]) -> list[Thing]:
-    """Objects of the given shapes, of different colours, apart from each other."""
+    """Objects of the given shapes, of different colours, apart from each other; half the time one is the largest."""
     while True:
+        radii = [random.uniform(5, 10) for _ in shapes]
+        if random.random() < 0.5:
+            largest = random.uniform(5 * MARGIN, 10)
+            radii = [largest] + [random.uniform(5, largest / MARGIN) for _ in shapes[1:]]
         things = []
-        for shape, colour in zip(shapes, random.sample(list(COLOURS), len(shapes)), strict=True):
-            radius = random.uniform(5, 10)
+        for shape, colour, radius in zip(shapes, random.sample(list(COLOURS), len(shapes)), radii, strict=True):
             reach = radius * 1.25 + 1
             x, y = (random.uniform(reach, SIZE - reach) for _ in range(2))
             thing = Thing(shape, colour, x, y, radius)
@@ -208,7 +224,9 @@ ASKERS: tuple[Callable[[Random, list[Thing]], Question | None], ...] = (
 
 
 def draw_objects(random: Random) -> Scene:
-    """Two to five objects, with a question of each kind that they allow. The answer of the count comes first."""
+    """Two to five objects, with up to two questions of each kind that they allow.
+
+    The answer of the count comes first."""
     count = random.randint(0, 3)
     counted, *others = random.sample(SHAPES, len(SHAPES))
     shapes = [counted] * count + [random.choice(others) for _ in range(random.randint(max(2 - count, 1), 5 - count))]
@@ -217,10 +235,11 @@ def draw_objects(random: Random) -> Scene:
     canvas = Canvas(random)
     for thing in things:
         canvas.add_thing(thing)
-    questions = [Question("count", f"How many {counted}s are there?", str(count))]
-    questions += [question for ask in ASKERS if (question := ask(random, things)) is not None]
-    random.shuffle(questions)
-    return Scene(canvas.finish(), tuple(questions))
+    questions = {Question("count", f"How many {counted}s are there?", str(count)): None}
+    for ask in (*ASKERS, *ASKERS):
+        if (question := ask(random, things)) is not None:
+            questions[question] = None  # a dict, unlike a set, keeps their order the same everywhere
+    return Scene(canvas.finish(), tuple(random.sample(list(questions), len(questions))), tuple(things))
 
 
 def draw_fall(random: Random) -> Scene:
@@ -241,8 +260,8 @@ def draw_fall(random: Random) -> Scene:
             x = random.uniform(radius, room_left) if on_left else SIZE - random.uniform(radius, room_right)
         else:
             y -= random.uniform(5, max(y - radius, 5.5))
-    canvas.add_thing(Thing("circle", colour, x, y, radius))
-    return Scene(canvas.finish(), (Question("fall", "Will the ball fall or rest?", answer),))
+    canvas.add_thing(ball := Thing("circle", colour, x, y, radius))
+    return Scene(canvas.finish(), (Question("fall", "Will the ball fall or rest?", answer),), (ball,))
 
 
 def draw_roll(random: Random) -> Scene:
@@ -259,12 +278,12 @@ def draw_roll(random: Random) -> Scene:
     away = -1 if high > low else 1
     x = low + along * (high - low) + away * radius * math.sin(slope)
     y = bottom - along * height - radius * math.cos(slope)
-    canvas.add_thing(Thing("circle", colour, x, y, radius))
-    return Scene(canvas.finish(), (Question("roll", "Which way will the ball roll?", answer),))
+    canvas.add_thing(ball := Thing("circle", colour, x, y, radius))
+    return Scene(canvas.finish(), (Question("roll", "Which way will the ball roll?", answer),), (ball,))
 
 
 def draw_scene(seed: int) -> Scene:
-    """The scene of a seed; three in five are of objects, one of a ball and a platform, one of a ball and a ramp."""
+    """The scene of a seed; eight in ten are of objects, one of a ball and a platform, one of a ball and a ramp."""
     random = Random(seed)
-    draw = random.choice((draw_objects, draw_objects, draw_objects, draw_fall, draw_roll))
+    draw = random.choice((draw_objects,) * 8 + (draw_fall, draw_roll))
     return draw(random)

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from PIL import Image
 from transformers import AutoConfig, Gemma2Config
 
 import convert_weights
+from recipe.scenes import SPLITS, draw_scene
 
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+SHOWN_SCENE = 101_000_000
 
 
 def blocks(language: str) -> list[str]:
@@ -29,10 +32,16 @@ def user_folder(convert, tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_the_python_snippets_run_as_they_stand(user_folder, capsys):
-    assert len(blocks("python")) == 4
+def test_the_first_snippet_answers_as_it_says(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    exec(blocks("python")[0], {})
+    assert capsys.readouterr().out.strip() == re.search(r"# (.*)\n$", blocks("python")[0]).group(1)
+
+
+def test_the_other_snippets_run_as_they_stand(user_folder, capsys):
+    assert len(blocks("python")) == 5
     namespace = {}
-    for block in blocks("python"):
+    for block in blocks("python")[1:]:
         exec(block, namespace)
     assert capsys.readouterr().out
     assert namespace["latents"].shape == (1, 16, 64, 64)
@@ -76,7 +85,7 @@ def test_the_demo_shows_prompt_counts_answer_and_times(convert):
     assert "512x600 pixels" in printed
     assert "<start_of_world><world> x 64<end_of_world>who?" in printed
     assert re.search(r"Tokens    \d+ in the prompt, 64 of them world tokens; \d+ in the answer", printed)
-    assert re.search(r"^Answer    '", printed, flags=re.MULTILINE)
+    assert re.search(r"^Answer    ", printed, flags=re.MULTILINE)
     for stage in (
         "load the model",
         "process the picture",
@@ -87,15 +96,45 @@ def test_the_demo_shows_prompt_counts_answer_and_times(convert):
         assert re.search(rf"{stage}.* \d+\.\d ms", printed), stage
 
 
-def test_the_demo_refuses_what_is_no_picture(convert):
+def test_make_demo_gives_three_right_answers(tmp_path):
+    command = re.search(r"demo.py assets/scene.png (.*?) --save", (ROOT / "Makefile").read_text()).group(1)
+    questions = re.findall(r'"([^"]*)"', command)
+    printed = run_demo(str(ROOT / "assets" / "scene.png"), *questions, "--save", str(tmp_path / "demo.png"))
+    right = {question.text: question.answer for question in draw_scene(SHOWN_SCENE).questions}
+    assert re.findall("^Answer    (.*)", printed, flags=re.MULTILINE) == [right[question] for question in questions]
+    assert len(questions) == 3
+    with Image.open(tmp_path / "demo.png") as drawn, Image.open(ROOT / "assets" / "demo.png") as shown:
+        assert drawn.size == shown.size
+
+
+def test_the_shown_picture_is_a_scene_kept_from_training():
+    assert SHOWN_SCENE in SPLITS["test"]
+    with Image.open(ROOT / "assets" / "scene.png") as shown:
+        assert shown.tobytes() == draw_scene(SHOWN_SCENE).image.tobytes()
+
+
+def test_the_demo_draws_a_scene_and_says_which_answers_are_right(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    printed = run_demo("--scene", str(SHOWN_SCENE))
+    assert printed.count("Answer ") == printed.count("Drawn as ") == 3
+    with Image.open(tmp_path / f"scene-{SHOWN_SCENE}.png") as drawn:
+        assert drawn.width > 4 * 256
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([str(ROOT / "LICENSE"), "who?"], "LICENSE cannot be read as a picture"),
+        ([str(ROOT / "LICENSE")], "give a PICTURE and a QUESTION"),
+        ([str(ROOT / "LICENSE"), "who?", "--scene", "1"], "give --scene alone"),
+    ],
+)
+def test_the_demo_refuses_what_it_cannot_show(arguments, message):
     finished = subprocess.run(
-        [sys.executable, str(ROOT / "demo.py"), str(ROOT / "LICENSE"), "who?", "--model", str(convert("gemma2"))],
-        capture_output=True,
-        text=True,
-        timeout=300,
+        [sys.executable, str(ROOT / "demo.py"), *arguments], capture_output=True, text=True, timeout=300
     )
-    assert finished.returncode == 1 and not finished.stdout
-    assert re.search(r"^demo.py: error: .*LICENSE cannot be read as a picture", finished.stderr, flags=re.MULTILINE)
+    assert finished.returncode and not finished.stdout
+    assert re.search(rf"^demo.py: error: .*{message}", finished.stderr, flags=re.MULTILINE)
 
 
 def test_the_options_are_those_of_the_converter():

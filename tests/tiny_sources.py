@@ -1,11 +1,6 @@
-"""
-Small checkpoints with random weights in the formats that users have: a diffusers VAE folder and a Gemma folder.
-
-    python tests/tiny_sources.py FOLDER      writes FOLDER/pipeline/vae and FOLDER/gemma
-"""
+"""Small checkpoints with random weights in the formats that users have: a diffusers VAE folder and a Gemma folder."""
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -101,9 +96,3 @@ def make_pipeline(folder: Path) -> Path:
     (folder / "transformer").mkdir()
     (folder / "transformer" / "diffusion_pytorch_model.safetensors").write_text("not to be read")
     return folder
-
-
-if __name__ == "__main__":
-    target = Path(sys.argv[1])
-    make_pipeline(target / "pipeline")
-    make_gemma(target / "gemma", TEXT_CONFIGS["gemma2"])

@@ -1,0 +1,88 @@
+# Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
+"""A picture of what a model looked at: attention to the world tokens over the image, and the latent's channels."""
+
+import textwrap
+from collections.abc import Mapping
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+
+SIDE = 256  # pixels of a panel
+MARGIN = 16
+LINE = 20
+FONT = ImageFont.load_default(15)
+INK, PAPER, HEAT = (30, 30, 30), (255, 255, 255), (255, 40, 0)
+
+
+@torch.no_grad()
+def attention_to_world(model: PreTrainedModel, inputs: Mapping, latents: torch.Tensor) -> torch.Tensor:
+    """
+    How much the token that decides the first word of the answer attends to each world token.
+
+    Args:
+        model: A TheWorld checkpoint; its attention implementation is changed to "eager", which alone gives weights.
+        inputs: `input_ids` and `attention_mask` of one prompt with one image.
+        latents: [1, z, h, w], as `get_world_latents` returns them.
+
+    Returns:
+        [h / merge, w / merge], the mean over the heads of the layers that see the whole prompt.
+    """
+    input_ids = inputs["input_ids"]
+    read = model(input_ids=input_ids[:, :-1], world_latents=latents, use_cache=True, logits_to_keep=1)
+    model.set_attn_implementation("eager")
+    last = model(input_ids=input_ids[:, -1:], past_key_values=read.past_key_values, output_attentions=True)
+    whole = [layer for layer in last.attentions if layer.shape[-1] == input_ids.shape[1]]
+    weights = torch.stack(whole).mean(dim=(0, 2, 3))[0]
+    rows, columns = (side // model.config.latent_merge_size for side in latents.shape[2:])
+    return weights[input_ids[0] == model.config.image_token_id].view(rows, columns).float()
+
+
+def heat(image: Image.Image, attention: torch.Tensor) -> Image.Image:
+    """The image in grey, red where the attention is."""
+    strength = F.interpolate(attention[None, None] / attention.max(), size=(SIDE, SIDE), mode="bilinear")[0, 0]
+    mask = Image.fromarray((strength * 200).byte().numpy())
+    panel = image.convert("L").convert("RGB").resize((SIDE, SIDE))
+    panel.paste(HEAT, mask=mask)
+    return panel
+
+
+def contact_sheet(latents: torch.Tensor) -> Image.Image:
+    """The channels of latents [1, z, h, w] side by side, eight a row, each from its least value to its greatest."""
+    side = SIDE // 4
+    sheet = Image.new("RGB", (8 * (side + 4), -(-latents.shape[1] // 8) * (side + 4)), PAPER)
+    for number, channel in enumerate(latents[0].float()):
+        scaled = (channel - channel.min()) / (channel.max() - channel.min()).clamp(min=1e-6)
+        tile = Image.fromarray((scaled * 255).byte().numpy()).resize((side, side), Image.Resampling.NEAREST)
+        sheet.paste(tile, (number % 8 * (side + 4), number // 8 * (side + 4)))
+    return sheet
+
+
+def draw(image: Image.Image, answers: list[tuple[str, str, torch.Tensor]], latents: torch.Tensor) -> Image.Image:
+    """
+    The image, beside it what each answer looked at, and below them the latent.
+
+    Args:
+        image: What the model was asked about.
+        answers: For each question its text, what to write below it, and the attention [h, w] of the answer.
+        latents: [1, z, h, w].
+    """
+    panels = [(image.convert("RGB").resize((SIDE, SIDE)), "the picture", f"{image.width} x {image.height} pixels")]
+    panels += [(heat(image, attention), question, answer) for question, answer, attention in answers]
+    sheet = contact_sheet(latents)
+    questions = [textwrap.wrap(question, SIDE // 8) for _, question, _ in panels]
+    text_height = LINE * (1 + max(len(lines) for lines in questions))
+    width = MARGIN + max(len(panels) * (SIDE + MARGIN), sheet.width + MARGIN)
+    top_of_sheet = MARGIN + SIDE + text_height + 2 * MARGIN
+    page = Image.new("RGB", (width, top_of_sheet + LINE + sheet.height + MARGIN), PAPER)
+    pen = ImageDraw.Draw(page)
+    for number, ((panel, _, answer), lines) in enumerate(zip(panels, questions, strict=True)):
+        left, top = MARGIN + number * (SIDE + MARGIN), MARGIN
+        page.paste(panel, (left, top))
+        pen.multiline_text((left, top + SIDE + 6), "\n".join([*lines, answer]), INK, FONT)
+    caption = f"the latent: {latents.shape[1]} channels of {latents.shape[2]} x {latents.shape[3]}"
+    pen.text((MARGIN, top_of_sheet), caption, INK, FONT)
+    page.paste(sheet, (MARGIN, top_of_sheet + LINE + 4))
+    return page

@@ -1,0 +1,74 @@
+# Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
+"""Stage 4: projection and Gemma learn to answer from a frozen encoder's latents. Stage 5: the encoder may follow."""
+
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from theworld import TheWorldForConditionalGeneration, TheWorldProcessor
+
+from .conversations import AnswerLoss, RowMaker
+from .gemma import matrices_of
+from .scenes import SIZE, SPLITS, Scene, draw_scene
+from .training import train
+
+
+BATCH_SIZE = 16
+LEARNING_RATE = 3e-3
+
+
+class Trainee:
+    """A checkpoint to train: the model, its processor, and what makes rows for it."""
+
+    def __init__(self, checkpoint: Path):
+        self.model = TheWorldForConditionalGeneration.from_pretrained(checkpoint)
+        self.processor = TheWorldProcessor.from_pretrained(checkpoint)
+        self.rows = RowMaker(self.processor.tokenizer, (SIZE // self.processor.patch_size) ** 2)
+
+    def pixel_values(self, scenes: list[Scene]) -> torch.Tensor:
+        return self.processor.image_processor([scene.image for scene in scenes], return_tensors="pt").pixel_values
+
+    def train(self, make_batch: Callable[[int], dict], steps: int, learning_rate: float, run: Path) -> tuple:
+        train(AnswerLoss(self.model), make_batch, steps, learning_rate, run, matrices_of(self.model))
+        return self.model, self.processor
+
+
+def cache_latents(checkpoint: Path, num_scenes: int, file: Path) -> None:
+    """Writes the latents of the first training scenes, as the projection reads them: float32 [scenes, 16, 8, 8]."""
+    trainee = Trainee(checkpoint)
+    latents = []
+    for start in tqdm(range(0, num_scenes, 100), desc="latents", unit="00 scenes"):
+        pixel_values = trainee.pixel_values([draw_scene(seed) for seed in SPLITS["train"][start : start + 100]])
+        with torch.no_grad():
+            latents.append(trainee.model.get_world_latents(pixel_values))
+    save_file({"latents": torch.cat(latents).contiguous()}, unfinished := file.with_suffix(".unfinished"))
+    unfinished.rename(file)
+
+
+def align(checkpoint: Path, cache: Path, run: Path, steps: int) -> tuple:
+    """Trains a converted checkpoint's projection and Gemma on cached latents; `run` is the folder for checkpoints."""
+    trainee = Trainee(checkpoint)
+    trainee.model.model.world_encoder.requires_grad_(False)
+    latents = load_file(cache)["latents"]
+
+    def make_batch(step: int) -> dict[str, torch.Tensor]:
+        random = Random(step)
+        seeds = random.sample(range(len(latents)), BATCH_SIZE)
+        return {**trainee.rows.batch([draw_scene(seed) for seed in seeds], random), "world_latents": latents[seeds]}
+
+    return trainee.train(make_batch, steps, LEARNING_RATE, run)
+
+
+def fine_tune(checkpoint: Path, run: Path, steps: int) -> tuple:
+    """Trains an aligned checkpoint further, its encoder with it, through the mode of the latents."""
+    trainee = Trainee(checkpoint)
+
+    def make_batch(step: int) -> dict[str, torch.Tensor]:
+        scenes = [draw_scene(seed) for seed in SPLITS["train"][step * BATCH_SIZE : (step + 1) * BATCH_SIZE]]
+        return {**trainee.rows.batch(scenes, Random(step)), "pixel_values": trainee.pixel_values(scenes)}
+
+    return trainee.train(make_batch, steps, LEARNING_RATE / 4, run)

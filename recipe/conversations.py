@@ -1,0 +1,139 @@
+# Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
+"""
+Scenes as training sequences: a scene's questions in one row, after its world tokens, which are read once.
+
+In most batches a question sees only the picture and itself, just as when it is asked alone; in the others it also
+sees the turns before it, so that the model can hold a conversation. Where there is a picture, each world token learns
+to name what is drawn at its place, which brings pictures and words together long before answers could.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from math import hypot, isqrt
+from pathlib import Path
+from random import Random
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from .scenes import SIZE, Question, Scene
+
+
+CHAT_TEMPLATE = (Path(__file__).parents[1] / "chat_template.jinja").read_text()
+IGNORED = -100
+QUESTIONS_PER_ROW = 8
+CONVERSATION_SHARE = 0.1
+
+
+@dataclass
+class Segment:
+    """Tokens that stand together, and a label for each; they see those of their own group and of group 0."""
+
+    token_ids: list[int]
+    labels: list[int]
+    group: int = 0
+
+
+class RowMaker:
+    """
+    Makes rows of scenes.
+
+    Args:
+        tokenizer: Gemma's, with `<world>` and its companions if images are to be seen.
+        num_world_tokens: World tokens an image; 0 for rows that are without the picture.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, num_world_tokens: int):
+        self.tokenizer = tokenizer
+        self.grid = isqrt(num_world_tokens)
+        self.opening = tokenizer("<start_of_turn>user\n").input_ids
+        self.next_turn = tokenizer("\n<start_of_turn>user\n", add_special_tokens=False).input_ids
+        self.encode = cache(self._encode)
+
+    def _encode(self, question: Question) -> tuple[list[int], list[int]]:
+        """A question and its answer, from the question's first word to the end of the answer's turn."""
+        encoded = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": question.text}, {"role": "assistant", "content": question.answer}],
+            chat_template=CHAT_TEMPLATE,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        token_ids = encoded["input_ids"][len(self.opening) : -1]
+        answered = encoded["assistant_masks"][len(self.opening) : -1]
+        return token_ids, [token if said else IGNORED for token, said in zip(token_ids, answered, strict=True)]
+
+    def picture(self, scene: Scene, random: Random) -> Segment:
+        """The tokens of an image; the label after each is the colour or the shape, by lot, of what it shows."""
+        names = ["<start_of_world>", *["<world>"] * self.grid**2, "<end_of_world>"] if self.grid else []
+        token_ids = self.tokenizer.convert_tokens_to_ids(names)
+        labels = [IGNORED] * len(names)
+        pixels = SIZE / max(self.grid, 1)
+        for place in range(self.grid**2):
+            x, y = (place % self.grid + 0.5) * pixels, (place // self.grid + 0.5) * pixels
+            for thing in scene.things:
+                if hypot(thing.x - x, thing.y - y) < thing.radius + pixels / 4:
+                    name = random.choice((thing.colour, thing.shape))
+                    labels[place + 2] = self.tokenizer.convert_tokens_to_ids(name)
+        return Segment(token_ids, labels)
+
+    def row(self, scene: Scene, conversation: bool, random: Random) -> list[Segment]:
+        segments = [Segment(self.opening, [IGNORED] * len(self.opening)), self.picture(scene, random)]
+        questions = random.sample(scene.questions, min(QUESTIONS_PER_ROW, len(scene.questions)))
+        for number, question in enumerate(questions):
+            if conversation and number > 0:
+                segments.append(Segment(self.next_turn, [IGNORED] * len(self.next_turn)))
+            segments.append(Segment(*self.encode(question), group=0 if conversation else number + 1))
+        return segments
+
+    def batch(self, scenes: list[Scene], random: Random) -> dict[str, torch.Tensor]:
+        """
+        The rows of some scenes.
+
+        Returns:
+            `input_ids`, `labels`, `position_ids`: int64 [B, S]. `attention_mask`: bool [B, 1, S, S].
+        """
+        conversation = random.random() < CONVERSATION_SHARE
+        rows = [self.row(scene, conversation, random) for scene in scenes]
+        shape = (len(rows), max(sum(len(segment.token_ids) for segment in row) for row in rows))
+        input_ids = torch.full(shape, self.tokenizer.pad_token_id)
+        labels = torch.full(shape, IGNORED)
+        position_ids = torch.zeros(shape, dtype=torch.long)
+        groups = torch.full(shape, -1)
+        for row, segments in enumerate(rows):
+            start, position = 0, 0
+            for segment in segments:
+                length = len(segment.token_ids)
+                stop = start + length
+                input_ids[row, start:stop] = torch.tensor(segment.token_ids)
+                labels[row, start:stop] = torch.tensor(segment.labels)
+                position_ids[row, start:stop] = torch.arange(position, position + length)
+                groups[row, start:stop] = segment.group
+                start = stop
+                if segment.group == 0:
+                    position += length
+        seen = (groups[:, None, :] == 0) | (groups[:, None, :] == groups[:, :, None])
+        causal = torch.ones(shape[1], shape[1], dtype=torch.bool).tril()
+        return {
+            "input_ids": input_ids,
+            "labels": labels,
+            "position_ids": position_ids,
+            "attention_mask": (seen & causal).unsqueeze(1),
+        }
+
+
+class AnswerLoss(torch.nn.Module):
+    """A language model's loss on the answers, and the share that it would have begun right."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: torch.Tensor, labels: torch.Tensor, **inputs: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        outputs = self.model(input_ids=input_ids, labels=labels, **inputs)
+        in_answer = labels == input_ids  # the labels of world tokens are other than what stands there
+        starts = in_answer[:, 1:] & ~in_answer[:, :-1]
+        right = (outputs.logits[:, :-1].argmax(-1) == labels[:, 1:])[starts]
+        return {"loss": outputs.loss, "accuracy": right.float().mean()}

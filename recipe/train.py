@@ -1,0 +1,96 @@
+# Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
+"""
+Trains the bundled model from nothing, and the models that it is compared with.
+
+    python -m recipe.train
+
+What is finished lies in `build/recipe`, a folder a model, and is not made again; what was interrupted goes on from its
+last checkpoint. At the end the bundled model's files are put in the repo's root, and the curves in `results`.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from theworld.convert_weights import Source, complete_or_absent, convert
+
+from . import align, gemma, vae
+from .figures import draw_curves
+from .scenes import SIZE
+
+
+ROOT = Path(__file__).parents[1]
+RECIPE = ROOT / "build" / "recipe"
+RESULTS = ROOT / "results"
+# What `save_pretrained` writes of a model and its processor, but for the code and the chat template, which are here.
+BUNDLED_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+
+
+@dataclass(frozen=True)
+class Length:
+    """Steps of each stage, and scenes whose latents are cached."""
+
+    vae: int = 4000
+    gemma: int = 800
+    scenes: int = 30_000
+    align: int = 8000
+    fine_tune: int = 1000
+
+    @property
+    def all_scenes(self) -> int:
+        """The stages train on the first scenes of the split, so many at most."""
+        return max(
+            self.vae * vae.BATCH_SIZE, self.gemma * gemma.BATCH_SIZE, self.scenes, self.fine_tune * align.BATCH_SIZE
+        )
+
+
+def train_all(folder: Path, length: Length) -> None:
+    """Runs every stage that `folder` does not hold the result of."""
+
+    def result(name: str, make: Callable[[Path], tuple]) -> Path:
+        """The folder of a stage's result; `make` gets a folder for its checkpoints and returns what to save."""
+        if not (folder / name).exists():
+            parts = make(folder / "runs" / name)
+            with complete_or_absent(folder / name, overwrite=False) as unfinished:
+                for part in parts:
+                    part.save_pretrained(unfinished)
+            draw_curves(folder / "runs", folder / "curves.png")
+        return folder / name
+
+    def joined(latent_merge_size: int) -> Path:
+        output = folder / f"joined-{latent_merge_size}"
+        if not output.exists():
+            options = {"projector_type": "mlp", "normalize_latents": True, "latent_merge_size": latent_merge_size}
+            sources = Source(vae_folder, "vae"), Source(gemma_folder, "gemma")
+            convert(*sources, output, image_size=SIZE, dtype="float32", **options)
+        return output
+
+    vae_folder = result("vae", lambda run: vae.train_vae(run, length.vae))
+    gemma_folder = result("gemma", lambda run: gemma.train_gemma(run, length.gemma))
+    cache = folder / "latents.safetensors"
+    if not cache.exists():
+        align.cache_latents(joined(1), length.scenes, cache)
+    frozen = result("theworld", lambda run: align.align(joined(1), cache, run, length.align))
+    result("theworld-tuned", lambda run: align.fine_tune(frozen, run, length.fine_tune))
+    result("theworld-merged", lambda run: align.align(joined(2), cache, run, length.align))
+
+
+def install(recipe: Path) -> None:
+    """Puts the bundled model and the curves where the repo has them."""
+    for file in BUNDLED_FILES:
+        shutil.copyfile(recipe / "theworld" / file, ROOT / file)
+    RESULTS.mkdir(exist_ok=True)
+    shutil.copyfile(recipe / "curves.png", RESULTS / "curves.png")
+
+
+if __name__ == "__main__":
+    train_all(RECIPE, Length())
+    install(RECIPE)

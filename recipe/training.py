@@ -1,0 +1,116 @@
+# Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
+"""The training loop of every stage: batches by their step's number, so that a run goes on exactly where it stopped."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+from torch.optim import AdamW, Muon
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from transformers import get_wsd_schedule
+
+
+LOG_EVERY = 50
+SAVE_EVERY = 500
+
+
+class Batches(Dataset):
+    """The batch of each step, made from the step's number alone."""
+
+    def __init__(self, make_batch: Callable[[int], dict], steps: int):
+        self.make_batch = make_batch
+        self.steps = steps
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> dict:
+        return self.make_batch(step)
+
+
+def make_optimizers(model: nn.Module, matrices: Sequence[nn.Parameter], learning_rate: float) -> list:
+    """Muon for the given matrices, at a rate per unit of their update's size as AdamW's, and AdamW for the rest."""
+    by_muon = {id(matrix) for matrix in matrices}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in by_muon]
+    optimizers = [AdamW(others, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)]
+    if matrices:
+        optimizers.append(Muon(matrices, lr=learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
+def train(
+    model: nn.Module,
+    make_batch: Callable[[int], dict],
+    steps: int,
+    learning_rate: float,
+    folder: Path,
+    matrices: Sequence[nn.Parameter] = (),
+) -> None:
+    """
+    Trains a model in place, from the last checkpoint in `folder` on if there is one.
+
+    Args:
+        model: Takes a batch's entries and returns a dict of numbers, of which `loss` is minimised and all are logged.
+        make_batch: The batch of a step; called in workers.
+        steps: Optimiser steps of the whole run.
+        learning_rate: The highest; a short warm-up leads to it, and the last 40 % of the steps to nothing.
+        folder: Gets `checkpoint/` and, at the end, `history.jsonl`: the numbers every 50 steps.
+        matrices: Parameters for Muon; AdamW has the others.
+    """
+    set_seed(0)
+    accelerator = Accelerator()
+    optimizers = make_optimizers(model, matrices, learning_rate)
+    schedules = [
+        get_wsd_schedule(optimizer, num_warmup_steps=100, num_decay_steps=int(0.4 * steps), num_training_steps=steps)
+        for optimizer in optimizers
+    ]
+    model, *prepared = accelerator.prepare(model, *optimizers, *schedules)
+    optimizers, schedules = prepared[: len(optimizers)], prepared[len(optimizers) :]
+
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint, history_file = folder / "checkpoint", folder / "history.jsonl"
+    first_step = 0
+    if checkpoint.exists():
+        accelerator.load_state(checkpoint)
+        first_step = int((checkpoint / "step").read_text())
+    history = history_file.read_text().splitlines()[: first_step // LOG_EVERY] if history_file.exists() else []
+
+    def save(step: int) -> None:
+        """Replaces the checkpoint by a whole one."""
+        accelerator.save_state(unfinished := folder / "unfinished")
+        (unfinished / "step").write_text(str(step))
+        history_file.write_text("".join(line + "\n" for line in history))
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        unfinished.rename(checkpoint)
+
+    # Beside a GPU the cores are free to make batches.
+    num_workers = os.cpu_count() - 1 if accelerator.device.type == "cuda" else 0
+    batches = DataLoader(
+        Batches(make_batch, steps), batch_size=None, sampler=range(first_step, steps), num_workers=num_workers
+    )
+    model.train()
+    sums: dict[str, float] = {}
+    progress = tqdm(batches, desc=folder.name, initial=first_step, total=steps, unit="step", mininterval=5)
+    for step, batch in enumerate(progress, start=first_step + 1):
+        numbers = model(**{name: tensor.to(accelerator.device) for name, tensor in batch.items()})
+        accelerator.backward(numbers["loss"])
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        for each in (*optimizers, *schedules):
+            each.step()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        for name, number in numbers.items():
+            sums[name] = sums.get(name, 0.0) + number.detach().item() / LOG_EVERY
+        if step % LOG_EVERY == 0:
+            history.append(json.dumps({"step": step, **{name: round(total, 5) for name, total in sums.items()}}))
+            progress.set_postfix({name: f"{total:.3f}" for name, total in sums.items()})
+            sums.clear()
+        if step % SAVE_EVERY == 0 or step == steps:
+            save(step)
+    accelerator.unwrap_model(model).eval()

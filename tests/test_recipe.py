@@ -1,0 +1,181 @@
+"""Pins the recipe: what a training row shows and asks, that a run goes on where it stopped, every stage in small."""
+
+from random import Random
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from recipe import conversations, training
+from recipe.conversations import IGNORED, AnswerLoss, RowMaker
+from recipe.evaluate import interval
+from recipe.scenes import COLOURS, SHAPES, SPLITS, draw_scene
+from recipe.train import Length, train_all
+from theworld import TheWorldForConditionalGeneration, TheWorldProcessor
+
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """Every stage, a few steps each."""
+    folder = tmp_path_factory.mktemp("recipe")
+    train_all(folder, Length(vae=2, gemma=2, scenes=100, align=3, fine_tune=2))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def processor(recipe):
+    return TheWorldProcessor.from_pretrained(recipe / "theworld")
+
+
+@pytest.fixture(scope="module")
+def model(recipe):
+    return TheWorldForConditionalGeneration.from_pretrained(recipe / "theworld").eval()
+
+
+@pytest.fixture(scope="module")
+def rows(processor):
+    return RowMaker(processor.tokenizer, num_world_tokens=64)
+
+
+def prompt(processor, image, turns):
+    """The prompt of a user who asks the last turn's question after the others'."""
+    messages = []
+    for turn in turns:
+        messages.append({"role": "user", "content": [{"type": "text", "text": turn.text}]})
+        messages.append({"role": "assistant", "content": turn.answer})
+    messages[0]["content"].insert(0, {"type": "image", "image": image})
+    return processor.apply_chat_template(
+        messages[:-1], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+
+
+@pytest.mark.parametrize("kind", ["alone", "conversation"])
+def test_a_row_asks_each_question_as_a_user_would(kind, rows, model, processor, monkeypatch):
+    """Where an answer begins, the logits are those of the user's prompt: by itself, or after the turns before it."""
+    monkeypatch.setattr(conversations, "CONVERSATION_SHARE", kind == "conversation")
+    scenes = [draw_scene(0), draw_scene(1)]
+    batch = rows.batch(scenes, Random(0))
+    del batch["labels"]
+    pixel_values = processor.image_processor([scene.image for scene in scenes], return_tensors="pt").pixel_values
+    with torch.no_grad():
+        logits = model(**batch, pixel_values=pixel_values).logits
+    for row, scene in enumerate(scenes):
+        token_ids = batch["input_ids"][row].tolist()
+        places = {}
+        for question in scene.questions:
+            asked, labels = rows.encode(question)
+            for start in range(len(token_ids)):
+                if token_ids[start : start + len(asked)] == asked:
+                    places[start + labels.count(IGNORED) - 1] = question
+        assert len(places) == min(conversations.QUESTIONS_PER_ROW, len(scene.questions)) > 0
+        turns = []
+        for place, question in sorted(places.items()):
+            turns = [*turns, question] if kind == "conversation" else [question]
+            with torch.no_grad():
+                expected = model(**prompt(processor, scene.image, turns)).logits[0, -1]
+            torch.testing.assert_close(logits[row, place], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_world_token_learns_the_name_of_what_is_drawn_at_its_place(rows):
+    for seed in range(20):
+        scene = draw_scene(seed)
+        batch = rows.batch([scene], Random(seed))
+        is_world = batch["input_ids"][0] == rows.tokenizer.convert_tokens_to_ids("<world>")
+        # The model shifts labels: a token's own label is the one after it.
+        labels = batch["labels"][0].roll(-1)[is_world].view(8, 8)
+        named = set()
+        for row, column in (labels != IGNORED).nonzero().tolist():
+            name = rows.tokenizer.convert_ids_to_tokens(labels[row, column].item())
+            named.add(name)
+            patch = scene.image.crop((column * 8 - 4, row * 8 - 4, column * 8 + 12, row * 8 + 12))
+            colours = [name] if name in COLOURS else [thing.colour for thing in scene.things if thing.shape == name]
+            assert any(
+                max(abs(channel - wanted) for channel, wanted in zip(pixel, COLOURS[colour], strict=True)) < 25
+                for pixel in patch.getdata()
+                for colour in colours
+            ), (seed, row, column, name)
+        assert named & set(COLOURS) and named & set(SHAPES)
+
+
+def test_the_accuracy_counts_answers_and_not_world_tokens():
+    class Parrot(nn.Module):
+        """Always says token 3."""
+
+        def forward(self, input_ids, labels):
+            logits = nn.functional.one_hot(torch.full_like(input_ids, 3), 8).float()
+            return type("Output", (), {"loss": logits.sum(), "logits": logits})
+
+    input_ids = torch.tensor([[1, 7, 7, 2, 3, 5, 2, 4, 5]])  # 7 is a world token; the answers are 3 5 and 4 5
+    labels = torch.tensor([[IGNORED, IGNORED, 3, IGNORED, 3, 5, IGNORED, 4, 5]])
+    assert AnswerLoss(Parrot())(input_ids, labels)["accuracy"] == 0.5
+
+
+class Line(nn.Module):
+    """Fits y = w x + b, with noise, so that the state of the random numbers matters too."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(1, 1)
+
+    def forward(self, x):
+        return {"loss": (self.linear(x) - 3 * x + 0.1 * torch.randn_like(x)).square().mean()}
+
+
+def test_an_interrupted_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "SAVE_EVERY", 4)
+    monkeypatch.setattr(training, "LOG_EVERY", 2)
+
+    def fit(folder, stop_at=None):
+        def make_batch(step):
+            if step == stop_at:
+                raise KeyboardInterrupt
+            return {"x": torch.randn(4, 1, generator=torch.Generator().manual_seed(step))}
+
+        torch.manual_seed(0)
+        training.train(line := Line(), make_batch, 10, 1e-2, folder, matrices=[line.linear.weight])
+        return line.state_dict()
+
+    whole = fit(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "interrupted", stop_at=7)
+    resumed = fit(tmp_path / "interrupted")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    histories = [(tmp_path / name / "history.jsonl").read_text() for name in ("whole", "interrupted")]
+    assert histories[0] == histories[1] and histories[0].count("\n") == 5
+
+
+def test_the_stages_leave_what_each_is_to_train(recipe, model):
+    before = load_file(recipe / "joined-1" / "model.safetensors")
+    aligned, tuned = model.state_dict(), load_file(recipe / "theworld-tuned" / "model.safetensors")
+    for name, weights in before.items():
+        in_encoder = "world_encoder" in name
+        assert torch.equal(aligned[name], weights) == in_encoder, name
+        if "time_conv" not in name:
+            assert not torch.equal(tuned[name], aligned[name]), name
+    merged = TheWorldForConditionalGeneration.from_pretrained(recipe / "theworld-merged")
+    assert merged.config.latent_merge_size == 2 and model.config.normalize_latents
+
+
+def test_the_cached_latents_are_the_models(recipe, model, processor):
+    cached = load_file(recipe / "latents.safetensors")["latents"]
+    scene = draw_scene(SPLITS["train"][7])
+    with torch.no_grad():
+        latents = model.get_world_latents(
+            processor(text="<world>", images=scene.image, return_tensors="pt").pixel_values
+        )
+    torch.testing.assert_close(cached[7:8], latents, atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_finished_is_not_made_again(recipe):
+    times = {path: path.stat().st_mtime_ns for path in recipe.rglob("*")}
+    train_all(recipe, Length(vae=2, gemma=2, scenes=100, align=3, fine_tune=2))
+    assert {path: path.stat().st_mtime_ns for path in recipe.rglob("*")} == times
+
+
+def test_the_interval_is_wilsons():
+    assert interval(95, 100) == pytest.approx((0.8883, 0.9785), abs=1e-4)
+    assert interval(10, 10)[1] == pytest.approx(1)
