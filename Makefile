@@ -5,7 +5,7 @@ OLDEST := .venv-oldest
 .PHONY: demo test test-oldest test-real-size train evaluate clean
 
 demo: $(VENV)/.installed
-	$(PYTHON) demo.py assets/scene.png "QUESTION 1" "QUESTION 2" "QUESTION 3" --save build/demo.png
+	$(PYTHON) demo.py assets/scene.png "What shape is the blue object?" "How many circles are there?" "Where is the yellow star from the blue star?" --save demo.png
 
 test: $(VENV)/.installed build/suite/transformers_tests
 	$(PYTHON) -m pytest

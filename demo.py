@@ -23,7 +23,7 @@ from recipe.scenes import Question, draw_scene
 
 
 # The bundled model is the repo itself.
-BUNDLED = Path(__file__).parent
+BUNDLED = Path(__file__).resolve().parent
 # Of a scene's own questions, so many are asked.
 QUESTIONS_PER_SCENE = 3
 
@@ -126,23 +126,26 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("a scene comes with its own picture and questions: give --scene alone, or PICTURE and QUESTION")
     if args.scene is None and not args.questions:
         parser.error("give a PICTURE and a QUESTION about it, or --scene SEED")
+    if args.scene is not None and args.save is None:
+        args.save = Path(f"scene-{args.scene}.png")
     return args
+
+
+def read_input(args: argparse.Namespace) -> tuple[Image.Image, list[Question]]:
+    """The picture and the questions; those of `--scene` come with their answers."""
+    if args.scene is not None:
+        scene = draw_scene(args.scene)
+        return scene.image, scene.questions[:QUESTIONS_PER_SCENE]
+    return Image.open(args.picture).convert("RGB"), [Question("given", text, "") for text in args.questions]
 
 
 def main() -> int:
     args = parse_arguments()
-    if args.scene is not None:
-        scene = draw_scene(args.scene)
-        image, questions = scene.image, scene.questions[:QUESTIONS_PER_SCENE]
-        save = args.save or Path(f"scene-{args.scene}.png")
-    else:
-        questions = [Question("given", text, answer="") for text in args.questions]
-        save = args.save
-        try:
-            image = Image.open(args.picture).convert("RGB")
-        except OSError as error:
-            print(f"demo.py: error: {args.picture} cannot be read as a picture: {error}", file=sys.stderr)
-            return 1
+    try:
+        image, questions = read_input(args)
+    except OSError as error:
+        print(f"demo.py: error: {args.picture} cannot be read as a picture: {error}", file=sys.stderr)
+        return 1
 
     times = StageTimes()
     with times.stage("load the model"):
@@ -150,19 +153,21 @@ def main() -> int:
         processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
     print(f"Model     {args.model}, {model.num_parameters():,} parameters, {model.dtype}")
     print(times)
+
     latents = encode(model, processor, image)
     answers = []
     for question in questions:
         print()
         answer, inputs = ask(model, processor, image, latents, question.text, args.max_new_tokens)
         if question.answer:
+            print(f"Expected  {question.answer}")
             answer += "  (right)" if answer == question.answer else f"  (wrong: it is {question.answer})"
-            print(f"Drawn as  {question.answer}")
         answers.append((question.text, answer, inputs))
-    if save:
+
+    if args.save:
         looks = [(text, answer, attention_to_world(model, inputs, latents)) for text, answer, inputs in answers]
-        draw(image, looks, latents).save(save)
-        print(f"\nDrawn in  {save}")
+        draw(image, looks, latents).save(args.save)
+        print(f"\nDrawn in  {args.save}")
     return 0
 
 

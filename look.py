@@ -23,7 +23,7 @@ def attention_to_world(model: PreTrainedModel, inputs: Mapping, latents: torch.T
     How much the token that decides the first word of the answer attends to each world token.
 
     Args:
-        model: A TheWorld checkpoint; its attention implementation is changed to "eager", which alone gives weights.
+        model: A TheWorld checkpoint; Gemma's attention becomes "eager", which alone gives weights.
         inputs: `input_ids` and `attention_mask` of one prompt with one image.
         latents: [1, z, h, w], as `get_world_latents` returns them.
 
@@ -32,7 +32,7 @@ def attention_to_world(model: PreTrainedModel, inputs: Mapping, latents: torch.T
     """
     input_ids = inputs["input_ids"]
     read = model(input_ids=input_ids[:, :-1], world_latents=latents, use_cache=True, logits_to_keep=1)
-    model.set_attn_implementation("eager")
+    model.set_attn_implementation({"text_config": "eager"})
     last = model(input_ids=input_ids[:, -1:], past_key_values=read.past_key_values, output_attentions=True)
     whole = [layer for layer in last.attentions if layer.shape[-1] == input_ids.shape[1]]
     weights = torch.stack(whole).mean(dim=(0, 2, 3))[0]
@@ -42,7 +42,8 @@ def attention_to_world(model: PreTrainedModel, inputs: Mapping, latents: torch.T
 
 def heat(image: Image.Image, attention: torch.Tensor) -> Image.Image:
     """The image in grey, red where the attention is."""
-    strength = F.interpolate(attention[None, None] / attention.max(), size=(SIDE, SIDE), mode="bilinear")[0, 0]
+    strength = (attention - attention.min()) / (attention.max() - attention.min())
+    strength = F.interpolate(strength[None, None], size=(SIDE, SIDE), mode="bilinear")[0, 0]
     mask = Image.fromarray((strength * 200).byte().numpy())
     panel = image.convert("L").convert("RGB").resize((SIDE, SIDE))
     panel.paste(HEAT, mask=mask)

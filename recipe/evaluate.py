@@ -39,6 +39,8 @@ CONDITIONS: dict[str, Callable[[torch.Tensor], torch.Tensor] | None] = {
     "of another image": lambda tokens: tokens.roll(1, dims=0),
     "no image": None,
 }
+# Other models, as far as they have been trained.
+COMPARED = {"encoder tuned": "theworld-tuned", "merged 2x2": "theworld-merged"}
 
 
 @dataclass(frozen=True)
@@ -130,9 +132,10 @@ def evaluate(recipe: Path) -> dict[str, dict[str, dict]]:
     runs = {name: (bundled, processor, change) for name, change in CONDITIONS.items()}
     # The tokenizer that Gemma learnt its text with has the same ids.
     runs["blind Gemma"] = AutoModelForCausalLM.from_pretrained(recipe / "gemma"), processor, None
-    for name, folder in {"encoder tuned": "theworld-tuned", "merged 2x2": "theworld-merged"}.items():
-        model = TheWorldForConditionalGeneration.from_pretrained(recipe / folder)
-        runs[name] = model, TheWorldProcessor.from_pretrained(recipe / folder), CONDITIONS["world tokens"]
+    for name, folder in COMPARED.items():
+        if (recipe / folder).exists():
+            model = TheWorldForConditionalGeneration.from_pretrained(recipe / folder)
+            runs[name] = model, TheWorldProcessor.from_pretrained(recipe / folder), CONDITIONS["world tokens"]
     return {
         name: score(cases, answer(model.eval(), reader, cases, change))
         for name, (model, reader, change) in tqdm(runs.items(), desc="runs")

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 # A panel for each number that says how a stage goes, and the stages whose curves it shows.
 PANELS = {
     "l1": ("Error of a reconstructed pixel value", ["vae"]),
-    "loss": ("Loss on the answers", ["gemma", "theworld", "theworld-merged", "theworld-tuned"]),
+    "loss": ("Training loss", ["gemma", "theworld", "theworld-merged", "theworld-tuned"]),
     "accuracy": ("Answers begun right, training scenes", ["gemma", "theworld", "theworld-merged", "theworld-tuned"]),
 }
 
@@ -25,6 +25,7 @@ def draw_curves(recipe: Path, file: Path) -> None:
                 axis.plot([row["step"] for row in rows], [row[number] for row in rows], label=stage)
         axis.set(title=title, xlabel="step", ylim=(0, 1 if number == "accuracy" else None))
         axis.grid(alpha=0.3)
-        axis.legend()
+        if axis.lines:
+            axis.legend()
     figure.savefig(file, dpi=100)
     plt.close(figure)

@@ -41,8 +41,8 @@ class Length:
     vae: int = 4000
     gemma: int = 800
     scenes: int = 30_000
-    align: int = 8000
-    fine_tune: int = 1000
+    align: int = 6000
+    fine_tune: int = 500
 
     @property
     def all_scenes(self) -> int:

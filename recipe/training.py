@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
@@ -60,7 +61,7 @@ def train(
         make_batch: The batch of a step; called in workers.
         steps: Optimiser steps of the whole run.
         learning_rate: The highest; a short warm-up leads to it, and the last 40 % of the steps to nothing.
-        folder: Gets `checkpoint/` and, at the end, `history.jsonl`: the numbers every 50 steps.
+        folder: Gets the last checkpoint, and `history.jsonl`: the numbers, a mean of every 50 steps.
         matrices: Parameters for Muon; AdamW has the others.
     """
     set_seed(0)
@@ -73,26 +74,30 @@ def train(
     model, *prepared = accelerator.prepare(model, *optimizers, *schedules)
     optimizers, schedules = prepared[: len(optimizers)], prepared[len(optimizers) :]
 
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint, history_file = folder / "checkpoint", folder / "history.jsonl"
-    first_step = 0
-    if checkpoint.exists():
-        accelerator.load_state(checkpoint)
-        first_step = int((checkpoint / "step").read_text())
-    history = history_file.read_text().splitlines()[: first_step // LOG_EVERY] if history_file.exists() else []
+    history_file = folder / "history.jsonl"
+    first_step, history = 0, []
+    if checkpoints := sorted(folder.glob("checkpoint-*")):
+        accelerator.load_state(checkpoints[-1])
+        first_step = int(checkpoints[-1].name.removeprefix("checkpoint-"))
+        history = history_file.read_text().splitlines()[: first_step // LOG_EVERY]
 
     def save(step: int) -> None:
-        """Replaces the checkpoint by a whole one."""
-        accelerator.save_state(unfinished := folder / "unfinished")
-        (unfinished / "step").write_text(str(step))
+        """Adds a whole checkpoint, then removes the one before."""
+        accelerator.save_state(unfinished := folder / "unfinished", safe_serialization=False)
         history_file.write_text("".join(line + "\n" for line in history))
-        shutil.rmtree(checkpoint, ignore_errors=True)
-        unfinished.rename(checkpoint)
+        previous = list(folder.glob("checkpoint-*"))
+        unfinished.rename(folder / f"checkpoint-{step:08}")
+        for checkpoint in previous:
+            shutil.rmtree(checkpoint)
 
-    # Beside a GPU the cores are free to make batches.
-    num_workers = os.cpu_count() - 1 if accelerator.device.type == "cuda" else 0
     batches = DataLoader(
-        Batches(make_batch, steps), batch_size=None, sampler=range(first_step, steps), num_workers=num_workers
+        Batches(make_batch, steps),
+        batch_size=None,
+        sampler=range(first_step, steps),
+        # Beside a GPU the cores are free to make batches.
+        num_workers=os.cpu_count() - 1 if accelerator.device.type == "cuda" else 0,
+        # Its own, because a loader draws a number as it starts, which would set a resumed run's noise apart.
+        generator=torch.Generator(),
     )
     model.train()
     sums: dict[str, float] = {}

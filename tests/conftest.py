@@ -22,6 +22,7 @@ from tiny_sources import TEXT_CONFIGS, make_gemma, make_pipeline  # noqa: E402
 from transformers import AutoModel, AutoProcessor  # noqa: E402
 
 import convert_weights  # noqa: E402
+from recipe.scenes import SPLITS, draw_scene  # noqa: E402
 
 
 torch.set_num_threads(2)
@@ -76,3 +77,9 @@ def processor(checkpoint):
 @pytest.fixture(scope="session")
 def photo() -> Image.Image:
     return Image.open(ROOT / "assets" / "grace_hopper.jpg")
+
+
+@pytest.fixture(scope="session")
+def shown_scene():
+    """The scene of `assets/scene.png`."""
+    return draw_scene(SPLITS["test"][0])

@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModel, AutoProcessor
 
 from recipe.evaluate import CONDITIONS, answer, held_out_cases, score, table
-from recipe.scenes import KINDS
+from recipe.scenes import KINDS, SPLITS, draw_scene
 
 
 ROOT = Path(__file__).parent.parent
@@ -66,7 +67,58 @@ def test_blind_guessing_earns_chance():
     assert low - 0.02 < chance < high + 0.02
 
 
-def test_a_fresh_process_asks_it_with_nothing_installed_or_built(tmp_path):
+def chat(processor, *turns, image):
+    """A user's turn with an image, the answer, the next turn, ..."""
+    messages = [
+        {"role": "assistant" if number % 2 else "user", "content": [{"type": "text", "text": turn}]}
+        for number, turn in enumerate(turns)
+    ]
+    messages[0]["content"].insert(0, {"type": "image", "image": image})
+    return processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+
+
+def say(model, processor, inputs, **options) -> list[str]:
+    output = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in processor.batch_decode(output, skip_special_tokens=True)]
+
+
+@pytest.fixture(scope="module")
+def conversations():
+    """Scenes that it was not trained on, two questions each."""
+    scenes = [draw_scene(seed) for seed in SPLITS["test"][-200:]]
+    return [(scene, *scene.questions[:2]) for scene in scenes if len(scene.questions) > 1][:60]
+
+
+def test_it_answers_a_second_question_after_a_first(model, processor, conversations):
+    right = 0
+    for scene, first, second in conversations:
+        inputs = chat(processor, first.text, first.answer, second.text, image=scene.image)
+        right += say(model, processor, inputs) == [second.answer]
+    assert right / len(conversations) >= 0.85
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"num_beams": 3}, {"cache_implementation": "static"}, {"use_cache": False}],
+    ids=lambda o: next(iter(o)),
+)
+def test_every_way_of_generating_gives_the_right_answer(options, model, processor, conversations):
+    right = 0
+    for scene, question, _ in conversations[:20]:
+        right += say(model, processor, chat(processor, question.text, image=scene.image), **options) == [
+            question.answer
+        ]
+    assert right >= 17
+
+
+def test_in_bfloat16_it_answers_as_well(processor, cases):
+    model = AutoModel.from_pretrained(ROOT, trust_remote_code=True, dtype=torch.bfloat16).eval()
+    assert share(score(cases, answer(model, processor, cases, CONDITIONS["world tokens"]))) >= 0.92
+
+
+def test_a_fresh_process_asks_it_with_nothing_installed_or_built(shown_scene, tmp_path):
     code = """
 import sys
 sys.modules["theworld"] = None  # as where the package is not installed
@@ -74,23 +126,23 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 model = AutoModel.from_pretrained(".", trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(".", trust_remote_code=True)
-content = [{"type": "image", "image": Image.open("assets/scene.png")}, {"type": "text", "text": sys.argv[1]}]
-inputs = processor.apply_chat_template(
-    [{"role": "user", "content": content}],
-    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-)
-output = model.generate(**inputs)
-print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+for question in sys.argv[1:]:
+    content = [{"type": "image", "image": Image.open("assets/scene.png")}, {"type": "text", "text": question}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+    )
+    output = model.generate(**inputs)
+    print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 """
-    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    for question, right in json.loads((ROOT / "assets" / "scene.json").read_text()):
-        finished = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code, question],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert finished.returncode == 0, finished.stderr
-        assert finished.stdout.strip() == right
+    right = {question.text: question.answer for question in shown_scene.questions}
+    finished = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, *right],
+        cwd=ROOT,
+        env={**os.environ, "HF_HOME": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.split("\n")[:-1] == list(right.values())

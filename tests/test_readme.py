@@ -1,22 +1,18 @@
 """Pins the README: its snippets run, its commands exist, its options and files are the real ones."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
-from PIL import Image
+from test_demo import run_demo
 from transformers import AutoConfig, Gemma2Config
 
 import convert_weights
-from recipe.scenes import SPLITS, draw_scene
 
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-SHOWN_SCENE = 101_000_000
 
 
 def blocks(language: str) -> list[str]:
@@ -67,74 +63,6 @@ def test_the_shell_commands_exist(user_folder):
                 run_demo(*(quoted or plain for quoted, plain in arguments))
             case _:
                 pytest.fail(f"no test runs {command!r}")
-
-
-def run_demo(*arguments: str) -> str:
-    finished = subprocess.run(
-        [sys.executable, str(ROOT / "demo.py"), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout
-
-
-def test_the_demo_shows_prompt_counts_answer_and_times(convert):
-    printed = run_demo(str(ROOT / "assets" / "grace_hopper.jpg"), "who?", "--model", str(convert("gemma2")))
-    assert "512x600 pixels" in printed
-    assert "<start_of_world><world> x 64<end_of_world>who?" in printed
-    assert re.search(r"Tokens    \d+ in the prompt, 64 of them world tokens; \d+ in the answer", printed)
-    assert re.search(r"^Answer    ", printed, flags=re.MULTILINE)
-    for stage in (
-        "load the model",
-        "process the picture",
-        "encode the picture",
-        "the first token",
-        "each further token",
-    ):
-        assert re.search(rf"{stage}.* \d+\.\d ms", printed), stage
-
-
-def test_make_demo_gives_three_right_answers(tmp_path):
-    command = re.search(r"demo.py assets/scene.png (.*?) --save", (ROOT / "Makefile").read_text()).group(1)
-    questions = re.findall(r'"([^"]*)"', command)
-    printed = run_demo(str(ROOT / "assets" / "scene.png"), *questions, "--save", str(tmp_path / "demo.png"))
-    right = {question.text: question.answer for question in draw_scene(SHOWN_SCENE).questions}
-    assert re.findall("^Answer    (.*)", printed, flags=re.MULTILINE) == [right[question] for question in questions]
-    assert len(questions) == 3
-    with Image.open(tmp_path / "demo.png") as drawn, Image.open(ROOT / "assets" / "demo.png") as shown:
-        assert drawn.size == shown.size
-
-
-def test_the_shown_picture_is_a_scene_kept_from_training():
-    assert SHOWN_SCENE in SPLITS["test"]
-    with Image.open(ROOT / "assets" / "scene.png") as shown:
-        assert shown.tobytes() == draw_scene(SHOWN_SCENE).image.tobytes()
-
-
-def test_the_demo_draws_a_scene_and_says_which_answers_are_right(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    printed = run_demo("--scene", str(SHOWN_SCENE))
-    assert printed.count("Answer ") == printed.count("Drawn as ") == 3
-    with Image.open(tmp_path / f"scene-{SHOWN_SCENE}.png") as drawn:
-        assert drawn.width > 4 * 256
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ([str(ROOT / "LICENSE"), "who?"], "LICENSE cannot be read as a picture"),
-        ([str(ROOT / "LICENSE")], "give a PICTURE and a QUESTION"),
-        ([str(ROOT / "LICENSE"), "who?", "--scene", "1"], "give --scene alone"),
-    ],
-)
-def test_the_demo_refuses_what_it_cannot_show(arguments, message):
-    finished = subprocess.run(
-        [sys.executable, str(ROOT / "demo.py"), *arguments], capture_output=True, text=True, timeout=300
-    )
-    assert finished.returncode and not finished.stdout
-    assert re.search(rf"^demo.py: error: .*{message}", finished.stderr, flags=re.MULTILINE)
 
 
 def test_the_options_are_those_of_the_converter():
