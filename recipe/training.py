@@ -24,12 +24,8 @@ SAVE_EVERY = 500
 class Batches(Dataset):
     """The batch of each step, made from the step's number alone."""
 
-    def __init__(self, make_batch: Callable[[int], dict], steps: int):
+    def __init__(self, make_batch: Callable[[int], dict]):
         self.make_batch = make_batch
-        self.steps = steps
-
-    def __len__(self) -> int:
-        return self.steps
 
     def __getitem__(self, step: int) -> dict:
         return self.make_batch(step)
@@ -91,7 +87,7 @@ def train(
             shutil.rmtree(checkpoint)
 
     batches = DataLoader(
-        Batches(make_batch, steps),
+        Batches(make_batch),
         batch_size=None,
         sampler=range(first_step, steps),
         # Beside a GPU the cores are free to make batches.

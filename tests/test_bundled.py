@@ -2,13 +2,11 @@
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from test_user_route import run_fresh
 from transformers import AutoModel, AutoProcessor
 
 from recipe.evaluate import CONDITIONS, answer, held_out_cases, score, table
@@ -118,7 +116,7 @@ def test_in_bfloat16_it_answers_as_well(processor, cases):
     assert share(score(cases, answer(model, processor, cases, CONDITIONS["world tokens"]))) >= 0.92
 
 
-def test_a_fresh_process_asks_it_with_nothing_installed_or_built(shown_scene, tmp_path):
+def test_a_fresh_process_asks_it_with_nothing_installed_or_built(shown_scene, tmp_path, monkeypatch):
     code = """
 import sys
 sys.modules["theworld"] = None  # as where the package is not installed
@@ -136,13 +134,6 @@ for question in sys.argv[1:]:
     print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 """
     right = {question.text: question.answer for question in shown_scene.questions}
-    finished = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, *right],
-        cwd=ROOT,
-        env={**os.environ, "HF_HOME": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules")},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.split("\n")[:-1] == list(right.values())
+    monkeypatch.chdir(ROOT)
+    printed = run_fresh("-c", code, *right, cache=tmp_path)
+    assert printed.split("\n")[:-1] == list(right.values())
