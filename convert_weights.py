@@ -57,7 +57,7 @@ GEMMA_ARCHITECTURES = (
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # A shard is held in memory while it is written; Gemma 2 2B's embedding alone is 1.2 GB.
 MAX_SHARD_SIZE = "1GB"
-MODEL_FILES = ("configuration_theworld.py", "modeling_theworld.py", "processing_theworld.py")
+MODEL_FILES = ("configuration_theworld.py", "frames_theworld.py", "modeling_theworld.py", "processing_theworld.py")
 HERE = Path(__file__).parent
 
 

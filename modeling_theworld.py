@@ -22,6 +22,12 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 
 from .configuration_theworld import TheWorldConfig, TheWorldEncoderConfig
+from .frames_theworld import use_frame_modules
+
+
+# Images are encoded together up to so many pixels, which bounds memory: one of 512 x 512 on a CPU, where more at once
+# are no faster, and eight elsewhere.
+PIXELS_AT_ONCE = {"cpu": 2**18, "accelerator": 2**21}
 
 
 @dataclass
@@ -36,31 +42,6 @@ class TheWorldCausalLMOutputWithPast(CausalLMOutputWithPast):
     """`CausalLMOutputWithPast`, and in `image_hidden_states` the world tokens [B, N, D] that went in."""
 
     image_hidden_states: torch.Tensor | None = None
-
-
-class FrameConv(WanCausalConv3d):
-    """
-    `WanCausalConv3d` for a single frame [B, C, 1, H, W].
-
-    A causal kernel sees the past, and before a first frame there are only zeros: the kernel's last time slice does all
-    the work, and the 3D convolution is exactly that slice's 2D convolution.
-    """
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.conv2d(x.squeeze(2), self.weight[:, :, -1], self.bias, padding="same").unsqueeze(2)
-
-
-def use_frame_convs(module: nn.Module) -> nn.Module:
-    """
-    Makes a Wan VAE, or a part of one, read single frames; returns it.
-
-    The modules stay as diffusers made and named them; only how they meet a single frame changes. Those with a stride
-    over time are for video: one frame never reaches them.
-    """
-    for child in module.modules():
-        if isinstance(child, WanCausalConv3d) and child.stride == (1, 1, 1):
-            child.__class__ = FrameConv
-    return module
 
 
 class TheWorldEncoder(nn.Module):
@@ -84,7 +65,7 @@ class TheWorldEncoder(nn.Module):
             dropout=config.dropout,
         )
         self.quant_conv = WanCausalConv3d(config.z_dim * 2, config.z_dim * 2, 1)
-        use_frame_convs(self)
+        use_frame_modules(self)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """
@@ -119,8 +100,17 @@ class TheWorldEncoder(nn.Module):
             "`pixel_values` must be in [-1, 1] (0..255 maps there by `image / 127.5 - 1`), but values lie outside, or "
             "are NaN. TheWorldProcessor scales images to that range.",
         )
-        frame = pixel_values.to(self.quant_conv.weight.dtype).unsqueeze(2)
-        mean, _logvar = self.quant_conv(self.encoder(frame)).chunk(2, dim=1)
+        images = pixel_values.to(self.quant_conv.weight.dtype)
+        if torch.compiler.is_compiling():  # the compiler chooses the layout, and one graph serves all sizes
+            return self.mode(images)
+        images = images.contiguous(memory_format=torch.channels_last)
+        limit = PIXELS_AT_ONCE["cpu" if images.device.type == "cpu" else "accelerator"]
+        at_once = max(1, limit // (shape[2] * shape[3]))
+        return torch.cat([self.mode(some) for some in images.split(at_once)])
+
+    def mode(self, images: torch.Tensor) -> torch.Tensor:
+        """Latents [B, z, h, w] of checked images [B, 3, H, W], all at once."""
+        mean, _logvar = self.quant_conv(self.encoder(images.unsqueeze(2))).chunk(2, dim=1)
         return mean.squeeze(2)
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
-"""Stage 4: projection and Gemma learn to answer from a frozen encoder's latents. Stage 5: the encoder may follow."""
+"""Stage 4: projection and Gemma learn to answer from a frozen encoder's latents. Stage 5: the encoder too."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -63,12 +63,13 @@ def align(checkpoint: Path, cache: Path, run: Path, steps: int) -> tuple:
     return trainee.train(make_batch, steps, LEARNING_RATE, run)
 
 
-def fine_tune(checkpoint: Path, run: Path, steps: int) -> tuple:
-    """Trains an aligned checkpoint further, its encoder with it, through the mode of the latents."""
+def fine_tune(checkpoint: Path, first_scene: int, run: Path, steps: int) -> tuple:
+    """Trains an aligned checkpoint further, its encoder too, through the mode, on scenes from `first_scene` on."""
     trainee = Trainee(checkpoint)
+    seeds = SPLITS["train"][first_scene:]
 
     def make_batch(step: int) -> dict[str, torch.Tensor]:
-        scenes = [draw_scene(seed) for seed in SPLITS["train"][step * BATCH_SIZE : (step + 1) * BATCH_SIZE]]
+        scenes = [draw_scene(seed) for seed in seeds[step * BATCH_SIZE : (step + 1) * BATCH_SIZE]]
         return {**trainee.rows.batch(scenes, Random(step)), "pixel_values": trainee.pixel_values(scenes)}
 
     return trainee.train(make_batch, steps, LEARNING_RATE / 4, run)

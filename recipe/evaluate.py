@@ -40,7 +40,7 @@ CONDITIONS: dict[str, Callable[[torch.Tensor], torch.Tensor] | None] = {
     "no image": None,
 }
 # Other models, as far as they have been trained.
-COMPARED = {"encoder tuned": "theworld-tuned", "merged 2x2": "theworld-merged"}
+COMPARED = {"encoder frozen": "theworld-frozen", "frozen, merged 2x2": "theworld-merged"}
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,9 @@ def answer(
             [[{"role": "user", "content": content}] for content in contents],
             add_generation_prompt=True,
             tokenize=True,
-            padding=True,
             return_dict=True,
             return_tensors="pt",
+            processor_kwargs={"padding": True},
         )
         if change is not None:
             with torch.no_grad():
@@ -110,7 +110,12 @@ def score(cases: list[Case], answers: list[str]) -> dict[str, dict]:
         for name in (case.question.kind, "overall"):
             groups[name].append(given == case.question.answer)
     return {
-        name: {"right": sum(group), "total": len(group), "interval": interval(sum(group), len(group))}
+        name: {
+            "right": sum(group),
+            "total": len(group),
+            "share": sum(group) / len(group),
+            "interval": interval(sum(group), len(group)),
+        }
         for name, group in groups.items()
     }
 
@@ -149,8 +154,7 @@ def table(scores: dict[str, dict[str, dict]]) -> str:
         cells = []
         for of_run in scores.values():
             low, high = of_run[kind]["interval"]
-            share = of_run[kind]["right"] / of_run[kind]["total"]
-            cells.append(f"{share:.1%} ({low:.0%} to {high:.0%})".replace("%", ""))
+            cells.append(f"{of_run[kind]['share']:.1%} ({low:.0%} to {high:.0%})".replace("%", ""))
         lines.append(f"| {kind} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -159,7 +163,7 @@ def draw_bars(scores: dict[str, dict[str, dict]], file: Path) -> None:
     figure, axis = plt.subplots(figsize=(13, 4.5), layout="constrained")
     kinds, width = (*KINDS, "overall"), 0.9 / len(scores)
     for number, (run, of_run) in enumerate(scores.items()):
-        shares = [of_run[kind]["right"] / of_run[kind]["total"] for kind in kinds]
+        shares = [of_run[kind]["share"] for kind in kinds]
         ends = [of_run[kind]["interval"] for kind in kinds]
         errors = [[abs(end[side] - share) for end, share in zip(ends, shares, strict=True)] for side in (0, 1)]
         places = [place + (number - (len(scores) - 1) / 2) * width for place in range(len(kinds))]

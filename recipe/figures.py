@@ -7,11 +7,12 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 
+STAGES = ["gemma", "theworld-frozen", "theworld-merged", "theworld"]
 # A panel for each number that says how a stage goes, and the stages whose curves it shows.
 PANELS = {
     "l1": ("Error of a reconstructed pixel value", ["vae"]),
-    "loss": ("Training loss", ["gemma", "theworld", "theworld-merged", "theworld-tuned"]),
-    "accuracy": ("Answers begun right, training scenes", ["gemma", "theworld", "theworld-merged", "theworld-tuned"]),
+    "loss": ("Training loss", STAGES),
+    "accuracy": ("Answers begun right, training scenes", STAGES),
 }
 
 

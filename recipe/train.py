@@ -42,13 +42,15 @@ class Length:
     gemma: int = 800
     scenes: int = 30_000
     align: int = 6000
-    fine_tune: int = 500
+    fine_tune: int = 2000
 
     @property
     def all_scenes(self) -> int:
         """The stages train on the first scenes of the split, so many at most."""
         return max(
-            self.vae * vae.BATCH_SIZE, self.gemma * gemma.BATCH_SIZE, self.scenes, self.fine_tune * align.BATCH_SIZE
+            self.vae * vae.BATCH_SIZE,
+            self.gemma * gemma.BATCH_SIZE,
+            self.scenes + self.fine_tune * align.BATCH_SIZE,
         )
 
 
@@ -78,8 +80,8 @@ def train_all(folder: Path, length: Length) -> None:
     cache = folder / "latents.safetensors"
     if not cache.exists():
         align.cache_latents(joined(1), length.scenes, cache)
-    frozen = result("theworld", lambda run: align.align(joined(1), cache, run, length.align))
-    result("theworld-tuned", lambda run: align.fine_tune(frozen, run, length.fine_tune))
+    frozen = result("theworld-frozen", lambda run: align.align(joined(1), cache, run, length.align))
+    result("theworld", lambda run: align.fine_tune(frozen, length.scenes, run, length.fine_tune))
     result("theworld-merged", lambda run: align.align(joined(2), cache, run, length.align))
 
 

@@ -10,7 +10,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import nn
 from torch.nn import functional as F
 
-from theworld.modeling_theworld import use_frame_convs
+from theworld.frames_theworld import use_frame_modules
 
 from .scenes import SPLITS, draw_scene
 from .training import train
@@ -33,7 +33,7 @@ class FrameAutoencoder(nn.Module):
 
     def __init__(self, vae: AutoencoderKLWan):
         super().__init__()
-        self.vae = use_frame_convs(vae)
+        self.vae = use_frame_modules(vae)
 
     def posterior(self, pixel_values: torch.Tensor) -> DiagonalGaussianDistribution:
         return DiagonalGaussianDistribution(self.vae.quant_conv(self.vae.encoder(pixel_values.unsqueeze(2))))

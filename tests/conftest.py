@@ -30,6 +30,18 @@ torch.set_num_threads(2)
 ROOT = Path(__file__).parent.parent
 
 
+def chat(processor, image: Image.Image, *turns: str):
+    """The prompt of a conversation about an image: the user's turn, the answer, the user's next turn, ..."""
+    messages = [
+        {"role": "assistant" if number % 2 else "user", "content": [{"type": "text", "text": turn}]}
+        for number, turn in enumerate(turns)
+    ]
+    messages[0]["content"].insert(0, {"type": "image", "image": image})
+    return processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+
+
 @pytest.fixture(scope="session")
 def sources(tmp_path_factory) -> Path:
     """A folder with `pipeline` (a diffusers pipeline that has a `vae`) and a Gemma of each family."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import chat
 from test_user_route import run_fresh
 from transformers import AutoModel, AutoProcessor
 
@@ -15,10 +16,6 @@ from recipe.scenes import KINDS, SPLITS, draw_scene
 
 ROOT = Path(__file__).parent.parent
 RESULTS = json.loads((ROOT / "results" / "evaluation.json").read_text())
-
-
-def share(of_run: dict) -> float:
-    return of_run["overall"]["right"] / of_run["overall"]["total"]
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +34,18 @@ def cases():
     return held_out_cases(23)
 
 
+def share_right(model, processor, cases, condition: str) -> float:
+    return score(cases, answer(model, processor, cases, CONDITIONS[condition]))["overall"]["share"]
+
+
 def test_it_answers_what_it_never_saw(model, processor, cases):
-    assert share(score(cases, answer(model, processor, cases, CONDITIONS["world tokens"]))) >= 0.93
+    assert share_right(model, processor, cases, "world tokens") >= 0.93
 
 
 @pytest.mark.parametrize("condition", ["zeroed", "of another image", "no image"])
 def test_without_its_world_tokens_it_is_as_good_as_blind(condition, model, processor, cases):
-    blind = share(RESULTS["scores"]["blind Gemma"])
-    without = share(score(cases, answer(model, processor, cases, CONDITIONS[condition])))
+    blind = RESULTS["scores"]["blind Gemma"]["overall"]["share"]
+    without = share_right(model, processor, cases, condition)
     spread = (blind * (1 - blind) / len(cases)) ** 0.5
     assert abs(without - blind) < 4 * spread
 
@@ -65,18 +66,6 @@ def test_blind_guessing_earns_chance():
     assert low - 0.02 < chance < high + 0.02
 
 
-def chat(processor, *turns, image):
-    """A user's turn with an image, the answer, the next turn, ..."""
-    messages = [
-        {"role": "assistant" if number % 2 else "user", "content": [{"type": "text", "text": turn}]}
-        for number, turn in enumerate(turns)
-    ]
-    messages[0]["content"].insert(0, {"type": "image", "image": image})
-    return processor.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
-
-
 def say(model, processor, inputs, **options) -> list[str]:
     output = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in processor.batch_decode(output, skip_special_tokens=True)]
@@ -92,7 +81,7 @@ def conversations():
 def test_it_answers_a_second_question_after_a_first(model, processor, conversations):
     right = 0
     for scene, first, second in conversations:
-        inputs = chat(processor, first.text, first.answer, second.text, image=scene.image)
+        inputs = chat(processor, scene.image, first.text, first.answer, second.text)
         right += say(model, processor, inputs) == [second.answer]
     assert right / len(conversations) >= 0.85
 
@@ -105,15 +94,14 @@ def test_it_answers_a_second_question_after_a_first(model, processor, conversati
 def test_every_way_of_generating_gives_the_right_answer(options, model, processor, conversations):
     right = 0
     for scene, question, _ in conversations[:20]:
-        right += say(model, processor, chat(processor, question.text, image=scene.image), **options) == [
-            question.answer
-        ]
+        inputs = chat(processor, scene.image, question.text)
+        right += say(model, processor, inputs, **options) == [question.answer]
     assert right >= 17
 
 
 def test_in_bfloat16_it_answers_as_well(processor, cases):
     model = AutoModel.from_pretrained(ROOT, trust_remote_code=True, dtype=torch.bfloat16).eval()
-    assert share(score(cases, answer(model, processor, cases, CONDITIONS["world tokens"]))) >= 0.92
+    assert share_right(model, processor, cases, "world tokens") >= 0.92
 
 
 def test_a_fresh_process_asks_it_with_nothing_installed_or_built(shown_scene, tmp_path, monkeypatch):

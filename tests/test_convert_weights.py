@@ -119,6 +119,7 @@ def test_the_folder_is_a_complete_model_repo(checkpoint):
         "chat_template.jinja",
         "config.json",
         "configuration_theworld.py",
+        "frames_theworld.py",
         "generation_config.json",
         "model.safetensors",
         "modeling_theworld.py",

@@ -5,6 +5,7 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+from conftest import chat
 from safetensors.torch import load_file
 from torch import nn
 
@@ -43,18 +44,6 @@ def rows(processor):
     return RowMaker(processor.tokenizer, num_world_tokens=64)
 
 
-def prompt(processor, image, turns):
-    """The prompt of a user who asks the last turn's question after the others'."""
-    messages = []
-    for turn in turns:
-        messages.append({"role": "user", "content": [{"type": "text", "text": turn.text}]})
-        messages.append({"role": "assistant", "content": turn.answer})
-    messages[0]["content"].insert(0, {"type": "image", "image": image})
-    return processor.apply_chat_template(
-        messages[:-1], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
-
-
 @pytest.mark.parametrize("kind", ["alone", "conversation"])
 def test_a_row_asks_each_question_as_a_user_would(kind, rows, model, processor, monkeypatch):
     """Where an answer begins, the logits are those of the user's prompt: by itself, or after the turns before it."""
@@ -76,9 +65,11 @@ def test_a_row_asks_each_question_as_a_user_would(kind, rows, model, processor, 
         assert len(places) == min(conversations.QUESTIONS_PER_ROW, len(scene.questions)) > 0
         turns = []
         for place, question in sorted(places.items()):
-            turns = [*turns, question] if kind == "conversation" else [question]
+            if kind == "alone":
+                turns = []
             with torch.no_grad():
-                expected = model(**prompt(processor, scene.image, turns)).logits[0, -1]
+                expected = model(**chat(processor, scene.image, *turns, question.text)).logits[0, -1]
+            turns += [question.text, question.answer]
             torch.testing.assert_close(logits[row, place], expected, atol=1e-4, rtol=1e-4)
 
 
@@ -149,7 +140,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
 
 def test_the_stages_leave_what_each_is_to_train(recipe, model):
     before = load_file(recipe / "joined-1" / "model.safetensors")
-    aligned, tuned = model.state_dict(), load_file(recipe / "theworld-tuned" / "model.safetensors")
+    aligned, tuned = load_file(recipe / "theworld-frozen" / "model.safetensors"), model.state_dict()
     for name, weights in before.items():
         in_encoder = "world_encoder" in name
         assert torch.equal(aligned[name], weights) == in_encoder, name
@@ -159,7 +150,8 @@ def test_the_stages_leave_what_each_is_to_train(recipe, model):
     assert merged.config.latent_merge_size == 2 and model.config.normalize_latents
 
 
-def test_the_cached_latents_are_the_models(recipe, model, processor):
+def test_the_cached_latents_are_those_of_the_frozen_encoder(recipe, processor):
+    model = TheWorldForConditionalGeneration.from_pretrained(recipe / "theworld-frozen")
     cached = load_file(recipe / "latents.safetensors")["latents"]
     scene = draw_scene(SPLITS["train"][7])
     with torch.no_grad():

@@ -11,7 +11,7 @@ import pytest
 
 TESTS = Path(__file__).parent
 
-MODEL_FILES = {"configuration_theworld.py", "modeling_theworld.py", "processing_theworld.py"}
+MODEL_FILES = {"configuration_theworld.py", "frames_theworld.py", "modeling_theworld.py", "processing_theworld.py"}
 
 
 def run_fresh(*arguments, cache: Path) -> str:
