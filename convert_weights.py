@@ -188,15 +188,6 @@ def read_text_config(gemma: Source) -> PreTrainedConfig:
     return AutoConfig.from_pretrained(gemma.folder).get_text_config()
 
 
-def rename_token(node, old: str, new: str):
-    """`node`, decoded JSON, with every key and string that equals `old` replaced."""
-    if isinstance(node, dict):
-        return {new if key == old else key: rename_token(value, old, new) for key, value in node.items()}
-    if isinstance(node, list):
-        return [rename_token(value, old, new) for value in node]
-    return new if node == old else node
-
-
 def add_world_tokens(gemma: Source, folder: Path) -> PreTrainedTokenizerBase:
     """
     Gemma's tokenizer with TheWorld's three tokens, by way of files in `folder`.
@@ -210,10 +201,10 @@ def add_world_tokens(gemma: Source, folder: Path) -> PreTrainedTokenizerBase:
     if len(unused) >= len(TheWorldProcessor.world_tokens):
         tokenizer.save_pretrained(folder)
         for path in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
-            content = json.loads(path.read_text())
+            content = path.read_text()  # tens of megabytes, which would take seconds to parse and to write
             for old, new in zip(unused, TheWorldProcessor.world_tokens, strict=False):
-                content = rename_token(content, old, new)
-            path.write_text(json.dumps(content, ensure_ascii=False, indent=2))
+                content = content.replace(json.dumps(old), json.dumps(new))
+            path.write_text(content)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(list(TheWorldProcessor.world_tokens), special_tokens=True)
     return tokenizer

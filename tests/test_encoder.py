@@ -1,6 +1,7 @@
 """Pins the world encoder to diffusers: the same latents, no state between calls, nothing built that is not used."""
 
 import threading
+from statistics import median
 from unittest import mock
 
 import pytest
@@ -8,11 +9,12 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.measure import in_turns
 from theworld import TheWorldEncoderConfig
 from theworld.modeling_theworld import TheWorldEncoder
 
 
-# Largest difference to diffusers' mode in float32, as the issue sets it; see MEASURED figures of 6e-7.
+# Largest difference to diffusers' mode in float32; it was 3e-6 in bands, 6e-7 elsewhere.
 FLOAT32_TOLERANCE = 1e-5
 
 
@@ -61,14 +63,23 @@ def test_an_image_gives_the_same_latent_alone_and_in_a_batch(encoder):
 
 
 @torch.no_grad()
-def test_one_frame_costs_well_under_half_the_operations(vae, encoder):
-    images = random_images(1, 64, 64)
+def test_one_frame_costs_nine_times_fewer_operations(vae, encoder):
+    images = random_images(1, 256, 256)
     counts = []
     for encode in (lambda: diffusers_mode(vae, images), lambda: encoder(images)):
         with FlopCounterMode(display=False) as counter:
             encode()
         counts.append(counter.get_total_flops())
-    assert counts[0] / counts[1] > 2.8  # 2.86: a third of a 3x3x3 kernel does the work, 1x1 kernels are as before
+    assert counts[0] / counts[1] > 9
+
+
+@torch.no_grad()
+def test_it_is_three_times_as_fast_as_diffusers_or_more(vae, encoder):
+    """A loose floor, because the machine may be busy; benchmarks/ measures the ratio."""
+    images = random_images(1, 256, 256)
+    encoder(images)
+    ours, theirs = in_turns(lambda: encoder(images), lambda: diffusers_mode(vae, images), repeats=3)
+    assert median(theirs) / median(ours) > 3
 
 
 @torch.no_grad()

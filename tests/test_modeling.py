@@ -1,14 +1,16 @@
 """Pins what the model computes: Gemma untouched without an image, and with one, answers that depend on it."""
 
+import functools
 from contextlib import contextmanager
 from copy import deepcopy
+from unittest import mock
 
 import pytest
 import torch
 import transformers
 from packaging import version
 from tiny_sources import TEXT_CONFIGS, VAE_FIELDS
-from transformers import AutoModel, AutoModelForCausalLM, set_seed
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, set_seed
 
 from theworld import TheWorldConfig, TheWorldForConditionalGeneration
 
@@ -154,6 +156,55 @@ def test_cached_and_uncached_generation_agree(model, inputs):
 def test_a_static_cache_gives_the_same_answer(model, inputs):
     static = generate(model, inputs, cache_implementation="static", disable_compile=True)
     assert torch.equal(generate(model, inputs), static)
+
+
+def test_decoding_compiles_whole_and_gives_the_same_answer(model, inputs):
+    expected = generate(model, inputs)
+    decode = torch.compile(model.forward, fullgraph=True, backend="eager")
+    forward, compiled = model.forward, []
+
+    def compile_single_tokens(*args, **kwargs):
+        if kwargs["input_ids"].shape[1] > 1:
+            return forward(*args, **kwargs)
+        compiled.append(True)
+        return decode(*args, **kwargs)
+
+    with mock.patch.object(model, "forward", functools.wraps(forward)(compile_single_tokens)):
+        answer = generate(model, inputs, cache_implementation="static", disable_compile=True)
+    assert torch.equal(answer, expected) and len(compiled) == expected.shape[1] - 1
+
+
+@pytest.mark.parametrize("checkpoint", ["gemma2", "gemma3_text"], indirect=True)
+def test_sliding_layers_keep_no_more_than_their_window(model, inputs):
+    cache = DynamicCache(config=model.config.text_config)
+    generate(model, inputs, past_key_values=cache)
+    window = model.config.text_config.sliding_window
+    kinds = model.config.text_config.layer_types
+    assert "sliding_attention" in kinds and inputs["input_ids"].shape[1] > 2 * window
+    for kind, layer in zip(kinds, cache.layers, strict=True):
+        kept = layer.keys.shape[2]
+        assert kept < window if kind == "sliding_attention" else kept > 2 * window
+
+
+def test_a_prompt_is_read_for_one_position_of_logits(model, inputs):
+    positions = []
+    hook = model.lm_head.register_forward_hook(lambda module, args, logits: positions.append(logits.shape[1]))
+    generate(model, inputs)
+    hook.remove()
+    assert set(positions) == {1}
+
+
+def test_a_second_question_goes_on_from_the_first_ones_cache(model, processor):
+    """The images that the cache holds are neither encoded nor given again."""
+    first = processor(text=f"<world>{QUESTION}", images=pictures(1)[0], return_tensors="pt")
+    cache = DynamicCache(config=model.config.text_config)
+    answered = torch.cat([first["input_ids"], generate(model, first, past_key_values=cache)], dim=1)
+    second = processor(text="and?", return_tensors="pt")["input_ids"][:, 1:]
+    whole = {"input_ids": torch.cat([answered, second], dim=1)}
+    whole["attention_mask"] = torch.ones_like(whole["input_ids"])
+    with mock.patch.object(model.model.world_encoder, "forward", side_effect=AssertionError("encoded again")):
+        answer = generate(model, whole, past_key_values=cache)
+    assert torch.equal(answer, generate(model, whole | {"pixel_values": first["pixel_values"]}))
 
 
 def test_prompt_lookup_gives_the_same_answer(model, processor):
@@ -412,3 +463,9 @@ def test_fullgraph_compilation_of_the_encoder_gives_the_same_latents():
     with torch.no_grad():
         compiled = torch.compile(model.model.world_encoder, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(images), model.model.world_encoder(images), **FLOAT32_TOLERANCE)
+
+
+def test_fullgraph_compilation_of_the_model_gives_the_same_logits(model, inputs):
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(**inputs).logits, logits_of(model, inputs), **FLOAT32_TOLERANCE)

@@ -1,5 +1,6 @@
 """Pins the README: its snippets run, its commands exist, its options and files are the real ones."""
 
+import json
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from test_demo import run_demo
 from transformers import AutoConfig, Gemma2Config
 
 import convert_weights
+from benchmarks.__main__ import as_table
 
 
 ROOT = Path(__file__).parent.parent
@@ -35,7 +37,7 @@ def test_the_first_snippet_answers_as_it_says(monkeypatch, capsys):
 
 
 def test_the_other_snippets_run_as_they_stand(user_folder, capsys):
-    assert len(blocks("python")) == 5
+    assert len(blocks("python")) == 6
     namespace = {}
     for block in blocks("python")[1:]:
         exec(block, namespace)
@@ -86,6 +88,13 @@ def test_the_files_are_there():
 def test_the_limits_are_gemma_2s():
     config = Gemma2Config()
     assert (config.max_position_embeddings, config.sliding_window) == (2 * 4096, 4096)
+
+
+def test_the_benchmarks_are_those_of_a_run():
+    report = json.loads((ROOT / "results" / "benchmarks.json").read_text())
+    table = as_table(report["rows"])
+    assert table == (ROOT / "results" / "benchmarks.md").read_text().strip()
+    assert table in README and report["machine"] in README and report["seconds"] < 15 * 60
 
 
 def test_the_versions_are_those_of_the_package_and_the_tests():

@@ -1,8 +1,5 @@
 """Pins that a pair of real size (Cosmos VAE, Gemma 2 2B, random weights) converts in little memory, and loads."""
 
-import itertools
-import json
-import string
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +7,9 @@ from time import perf_counter
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan
-from tiny_sources import make_tokenizer
-from transformers import AutoModel, AutoProcessor, Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoProcessor, Gemma2Config
+
+from benchmarks.sources import make_sources
 
 
 pytestmark = pytest.mark.real_size
@@ -29,47 +26,16 @@ sys.exit(status)
 """
 
 
-def fill_with_noise(module: torch.nn.Module) -> torch.nn.Module:
-    """Fills a module from the meta device with repeated noise, which is much faster than fresh noise."""
-    module = module.to(torch.bfloat16).to_empty(device="cpu")
-    noise = torch.randn(2**20, generator=torch.Generator().manual_seed(0)) * 0.02
-    for tensor in module.parameters():
-        repeats = -(-tensor.numel() // len(noise))
-        tensor.data.copy_(noise.repeat(repeats)[: tensor.numel()].view(tensor.shape))
-    return module
-
-
-def make_large_tokenizer() -> PreTrainedTokenizerBase:
-    """A Gemma tokenizer of Gemma 2's dimensions: 256,000 entries, 480,000 merges, a tokenizer.json of 30 MB."""
-    small = json.loads(make_tokenizer().backend_tokenizer.to_str())["model"]["vocab"]
-    letters = string.ascii_letters + string.digits
-    words = ["".join(word) for length in (2, 3) for word in itertools.product(letters, repeat=length)]
-    vocabulary = dict.fromkeys([*small, *letters, *words])
-    vocabulary = {token: index for index, token in enumerate(itertools.islice(vocabulary, 256_000))}
-    merges = [(word[:cut], word[cut:]) for word in words if word in vocabulary for cut in range(1, len(word))]
-    tokenizer = make_tokenizer()
-    tokenizer = type(tokenizer)(vocab=vocabulary, merges=merges, add_bos_token=True)
-    tokenizer.add_tokens([token for token in vocabulary if token.startswith("<unused")])
-    tokenizer.add_tokens(["<start_of_turn>", "<end_of_turn>"], special_tokens=True)
-    return tokenizer
-
-
 @pytest.fixture(scope="module")
 def real_size_sources(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("real-size")
-    with torch.device("meta"):
-        vae, gemma = AutoencoderKLWan(), Gemma2ForCausalLM(Gemma2Config())
-    fill_with_noise(vae).save_pretrained(folder / "pipeline" / "vae")
-    gemma = fill_with_noise(gemma)
-    gemma.tie_weights()
-    gemma.save_pretrained(folder / "gemma", max_shard_size="2GB")
-    make_large_tokenizer().save_pretrained(folder / "gemma")
+    make_sources(folder, Gemma2Config())
     return folder
 
 
 def test_conversion_at_real_size_stays_under_3_gb_and_loads(real_size_sources, tmp_path):
     output = tmp_path / "theworld"
-    arguments = ["--vae", str(real_size_sources / "pipeline"), "--gemma", str(real_size_sources / "gemma")]
+    arguments = ["--vae", str(real_size_sources), "--gemma", str(real_size_sources / "gemma")]
     arguments += ["--output", str(output)]
     start = perf_counter()
     finished = subprocess.run(

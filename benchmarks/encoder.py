@@ -1,0 +1,80 @@
+# Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
+"""The encoder at its real size, with random weights in float32, against diffusers' `AutoencoderKLWan.encode`."""
+
+from collections.abc import Iterator
+from statistics import median
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch.utils.flop_counter import FlopCounterMode
+
+from theworld import TheWorldEncoderConfig
+from theworld.modeling_theworld import TheWorldEncoder
+
+from .measure import MEMORY, REPEATS, Row, in_fresh_process, in_turns, timed
+
+
+# Images, pixels a side, turns, how many times faster it is to be. The last takes a minute a turn.
+CASES = [(1, 256, REPEATS, 5), (1, 448, REPEATS, 5), (1, 512, REPEATS, 4.5), (4, 256, REPEATS, 5), (4, 512, 3, 4.5)]
+MATRIX_SIDE = 2048
+
+EXTRA_MEMORY = (
+    MEMORY
+    + """
+import torch
+from diffusers import AutoencoderKLWan
+from theworld import TheWorldEncoderConfig
+from theworld.modeling_theworld import TheWorldEncoder
+vae = AutoencoderKLWan().eval().requires_grad_(False)
+encoder = TheWorldEncoder(TheWorldEncoderConfig()).eval().requires_grad_(False)
+images = torch.rand({batch}, 3, {side}, {side})
+before = memory("VmRSS")
+{call}
+print((memory("VmHWM") - before) / 1e6)
+"""
+)
+
+
+def matrix_rate() -> float:
+    """Operations a second in a large float32 matrix product, as a limit: what this machine can do at best."""
+    a, b = torch.randn(2, MATRIX_SIDE, MATRIX_SIDE)
+    return 2 * MATRIX_SIDE**3 / median(timed(lambda: a @ b) for _ in range(10))
+
+
+@torch.no_grad()
+def measure_speed() -> Iterator[Row]:
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan().eval()
+    encoder = TheWorldEncoder(TheWorldEncoderConfig()).eval()
+    encoder.load_state_dict({key: vae.state_dict()[key] for key in encoder.state_dict()})
+
+    def encode_by_diffusers(images: torch.Tensor) -> torch.Tensor:
+        return vae.encode(images.unsqueeze(2)).latent_dist.mode().squeeze(2)
+
+    for batch, side, repeats, goal in CASES:
+        images = torch.rand(batch, 3, side, side) * 2 - 1
+        with FlopCounterMode(display=False) as counter:
+            latents = encoder(images)
+        difference = (latents - encode_by_diffusers(images)).abs().max().item()
+        ours, theirs = in_turns(lambda: encoder(images), lambda: encode_by_diffusers(images), repeats)  # noqa: B023
+        limit, rate = matrix_rate(), counter.get_total_flops() / median(ours)
+        yield Row(
+            f"encode {batch} x {side} px",
+            "diffusers `encode`",
+            ours,
+            theirs,
+            goal=goal,
+            faster=True,
+            note=f"largest difference {difference:.1e}; {rate / 1e9:.0f} GFLOP/s, {rate / limit:.0%} of the machine's "
+            "in a matrix product",
+        )
+
+
+def measure_memory() -> Iterator[Row]:
+    for batch, side in ((1, 256), (1, 512), (4, 512)):
+        ours, theirs = (
+            in_fresh_process(EXTRA_MEMORY.format(batch=batch, side=side, call=call))
+            for call in ("encoder(images)", "vae.encode(images.unsqueeze(2)).latent_dist.mode()")
+        )
+        what = f"peak memory of encoding {batch} x {side} px"
+        yield Row(what, "diffusers `encode`", [ours], [theirs], "MB", goal=0.5, note="beside the weights")

@@ -1,0 +1,79 @@
+# Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
+"""How things are measured: side by side, in turns, and told as ratios."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter
+
+
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Row:
+    """
+    A line of the table: measures of ours and of a peer, pairs that were taken one right after the other.
+
+    Args:
+        what, peer: What was measured, and against what.
+        ours, theirs: The measures, in `unit`.
+        goal: The least or the greatest ratio asked for; None where none is.
+        faster: Whether the ratio is how many times faster than the peer, or else what part of the peer's cost.
+        note: What else is to be known of it, such as its limit.
+    """
+
+    what: str
+    peer: str
+    ours: Sequence[float]
+    theirs: Sequence[float]
+    unit: str = "s"
+    goal: float | None = None
+    faster: bool = False
+    note: str = ""
+
+    @property
+    def ratio(self) -> float:
+        ours, theirs = median(self.ours), median(self.theirs)
+        return theirs / ours if self.faster else ours / theirs
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The least and the greatest ratio of a pair."""
+        ratios = [t / o if self.faster else o / t for o, t in zip(self.ours, self.theirs, strict=True)]
+        return min(ratios), max(ratios)
+
+    @property
+    def verdict(self) -> str:
+        if self.goal is None:
+            return ""
+        sign, met = ("≥", self.ratio >= self.goal) if self.faster else ("≤", self.ratio <= self.goal)
+        missed = abs(self.ratio / self.goal - 1)
+        return f"{sign} {self.goal:g}: " + ("met" if met else f"missed by {missed:.0%}")
+
+
+def in_turns(ours: Callable, theirs: Callable, repeats: int = REPEATS) -> tuple[list[float], list[float]]:
+    """Seconds of two calls, made in turns."""
+    seconds = [(timed(ours), timed(theirs)) for _ in range(repeats)]
+    return [pair[0] for pair in seconds], [pair[1] for pair in seconds]
+
+
+def timed(call: Callable) -> float:
+    start = perf_counter()
+    call()
+    return perf_counter() - start
+
+
+# For code in a fresh process: bytes by the kernel's count, such as VmHWM, the most that was ever resident.
+MEMORY = """
+def memory(line):
+    return int(next(entry for entry in open("/proc/self/status") if entry.startswith(line)).split()[1]) * 1024
+"""
+
+
+def in_fresh_process(code: str) -> float:
+    """The number that code prints last, run in a new Python process."""
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1])
