@@ -55,13 +55,13 @@ def as_json(row: Row) -> dict:
 
 def draw_encoder(rows: list[dict], file: Path) -> None:
     rows = [row for row in rows if row["what"].startswith("encode")]
-    figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    figure, axis = plt.subplots(figsize=(9, 3.6), layout="constrained")
     ratios = [row["ratio"] for row in rows]
     errors = [[abs(row["spread"][side] - row["ratio"]) for row in rows] for side in (0, 1)]
     places = range(len(rows))
     axis.bar(places, ratios, 0.6, yerr=errors, error_kw={"linewidth": 0.8})
     axis.hlines([row["goal"] for row in rows], [p - 0.4 for p in places], [p + 0.4 for p in places], "black", ":")
-    axis.set_xticks(places, [row["what"].removeprefix("encode ") for row in rows])
+    axis.set_xticks(places, [row["what"].removeprefix("encode ").replace(", ", "\n") for row in rows])
     axis.set(ylabel="times as fast as diffusers", title="Encoder; bars end in the spread, dots: goal")
     figure.savefig(file, dpi=100)
     plt.close(figure)

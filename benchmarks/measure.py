@@ -73,7 +73,7 @@ def memory(line):
 """
 
 
-def in_fresh_process(code: str) -> float:
-    """The number that code prints last, run in a new Python process."""
+def run_fresh(code: str) -> str:
+    """What code prints that runs in a new Python process."""
     command = [sys.executable, "-W", "ignore", "-c", code]
-    return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1])
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout

@@ -18,15 +18,15 @@ PANELS = {
 
 def draw_curves(recipe: Path, file: Path) -> None:
     """Draws the histories that the stages left in the folders of `recipe`, as far as they have got."""
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(15, 4), layout="constrained")
-    for axis, (number, (title, stages)) in zip(axes, PANELS.items(), strict=True):
-        for stage in stages:
-            if (history := recipe / stage / "history.jsonl").exists():
-                rows = [json.loads(line) for line in history.read_text().splitlines()]
-                axis.plot([row["step"] for row in rows], [row[number] for row in rows], label=stage)
+    histories = {file.parent.name: file.read_text().splitlines() for file in recipe.glob("*/history.jsonl")}
+    panels = {number: panel for number, panel in PANELS.items() if not histories.keys().isdisjoint(panel[1])}
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), layout="constrained", squeeze=False)
+    for axis, (number, (title, stages)) in zip(axes[0], panels.items(), strict=True):
+        for stage in (stage for stage in stages if stage in histories):
+            rows = [json.loads(line) for line in histories[stage]]
+            axis.plot([row["step"] for row in rows], [row[number] for row in rows], label=stage)
         axis.set(title=title, xlabel="step", ylim=(0, 1 if number == "accuracy" else None))
         axis.grid(alpha=0.3)
-        if axis.lines:
-            axis.legend()
+        axis.legend()
     figure.savefig(file, dpi=100)
     plt.close(figure)
