@@ -38,9 +38,9 @@ def describe_machine() -> str:
 def as_table(rows: list[dict]) -> str:
     lines = ["| | against | ratio | spread | ours | theirs | goal | |", "|---|---|---|---|---|---|---|---|"]
     for row in rows:
-        spread = " to ".join(f"{end:.3g}" for end in row["spread"])
-        ours, theirs = (f"{row[side]:.3g} {row['unit']}" for side in ("ours", "theirs"))
-        ratio = f"{row['ratio']:.3g} {'x faster' if row['faster'] else 'of it'}"
+        spread = " to ".join(f"{end:.2f}" for end in row["spread"])
+        ours, theirs = (f"{row[side]:,.{0 if row[side] > 100 else 3}f} {row['unit']}" for side in ("ours", "theirs"))
+        ratio = f"{row['ratio']:.2f} {'x faster' if row['faster'] else 'of it'}"
         cells = (row["what"], row["peer"], ratio, spread, ours, theirs, row["verdict"], row["note"])
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -14,8 +14,8 @@ from theworld.modeling_theworld import TheWorldEncoder
 from .measure import MEMORY, Row, in_turns, run_fresh, timed
 
 
-# Images, pixels a side, threads, turns, how many times faster it is to be. One thread is the steadier measure: two wait
-# for each other after each operation, which takes the longer the farther apart a virtual machine's cores happen to be.
+# Images, pixels a side, threads, turns, how many times faster it is to be. One thread is the steadier measure: two
+# wait for each other after every operation, and how long that takes varies.
 CASES = [(1, 256, 2, 11, 5), (1, 256, 1, 5, 5), (1, 448, 1, 5, 5), (1, 512, 1, 5, 4.5), (4, 256, 2, 5, 5)]
 MATRIX_SIDE = 2048
 
