@@ -11,6 +11,8 @@ os.environ |= {
     "HF_MODULES_CACHE": f"{CACHE.name}/modules",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    # Bounded, for the processes that tests start too; 1 where something else runs beside the tests.
+    "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),
 }
 
 from pathlib import Path  # noqa: E402
@@ -24,8 +26,6 @@ from transformers import AutoModel, AutoProcessor  # noqa: E402
 import convert_weights  # noqa: E402
 from recipe.scenes import SPLITS, draw_scene  # noqa: E402
 
-
-torch.set_num_threads(2)
 
 ROOT = Path(__file__).parent.parent
 

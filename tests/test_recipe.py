@@ -18,9 +18,6 @@ from recipe.vae import pixels_of
 from theworld import TheWorldForConditionalGeneration, TheWorldProcessor
 
 
-torch.set_num_threads(2)
-
-
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     """Every stage, a few steps each."""

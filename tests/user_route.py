@@ -26,8 +26,6 @@ from transformers import (  # noqa: E402
 # How a model may be saved: dtype, and the largest shard.
 FORMS = {"float32": (torch.float32, "5GB"), "bfloat16": (torch.bfloat16, "5GB"), "sharded": (torch.float32, "200KB")}
 
-torch.set_num_threads(2)
-
 
 def load(folder: Path, **options):
     model = AutoModel.from_pretrained(folder, trust_remote_code=True, **options).eval()
