@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -188,23 +189,30 @@ def read_text_config(gemma: Source) -> PreTrainedConfig:
     return AutoConfig.from_pretrained(gemma.folder).get_text_config()
 
 
-def add_world_tokens(gemma: Source, folder: Path) -> PreTrainedTokenizerBase:
+def add_world_tokens(gemma: Source) -> PreTrainedTokenizerBase:
     """
-    Gemma's tokenizer with TheWorld's three tokens, by way of files in `folder`.
+    Gemma's tokenizer with TheWorld's three tokens.
 
     They take over the first three `<unusedN>` entries, so that the vocabulary and the embedding stay as they are, or
-    follow the last entry where there are none.
+    follow the last entry where there are none. The entries are renamed in the text of copies: it is tens of megabytes,
+    and to load it takes seconds.
     """
-    tokenizer = AutoTokenizer.from_pretrained(gemma.folder)
-    unused = [token for token in tokenizer.get_vocab() if re.fullmatch(r"<unused\d+>", token)]
-    unused.sort(key=tokenizer.convert_tokens_to_ids)
-    if len(unused) >= len(TheWorldProcessor.world_tokens):
-        tokenizer.save_pretrained(folder)
-        for path in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
-            content = path.read_text()  # tens of megabytes, which would take seconds to parse and to write
-            for old, new in zip(unused, TheWorldProcessor.world_tokens, strict=False):
-                content = content.replace(json.dumps(old), json.dumps(new))
-            path.write_text(content)
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        if (gemma.folder / "tokenizer.json").is_file():
+            for file in gemma.folder.glob("*.json"):
+                shutil.copyfile(file, folder / file.name)
+        else:
+            AutoTokenizer.from_pretrained(gemma.folder).save_pretrained(folder)
+        text = (folder / "tokenizer.json").read_text()
+        ids = {token: int(index) for token, index in re.findall(r'"(<unused\d+>)"\s*:\s*(\d+)', text)}
+        unused = sorted(ids, key=ids.get)
+        if len(unused) >= len(TheWorldProcessor.world_tokens):
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                content = (folder / name).read_text()
+                for old, new in zip(unused, TheWorldProcessor.world_tokens, strict=False):
+                    content = content.replace(json.dumps(old), json.dumps(new))
+                (folder / name).write_text(content)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(list(TheWorldProcessor.world_tokens), special_tokens=True)
     return tokenizer
@@ -356,9 +364,9 @@ def largest_latent_difference(vae: Source, vae_checkpoint: Checkpoint, folder: P
     """
     The largest difference between the source VAE's mode, by diffusers in float32, and the written encoder's.
 
-    Both see a 128 x 128 picture of two ramps and their product. The VAE's decoder stays on the meta device.
+    Both see a 64 x 64 picture of two ramps and their product. The VAE's decoder stays on the meta device.
     """
-    ramp = torch.linspace(-1, 1, 128)
+    ramp = torch.linspace(-1, 1, 64)
     y, x = torch.meshgrid(ramp, ramp, indexing="ij")
     picture = torch.stack([x, y, x * y]).unsqueeze(0)
 
@@ -516,7 +524,7 @@ def convert(
     with complete_or_absent(output.absolute(), overwrite) as folder:
         world_config, text_config = read_world_config(vae), read_text_config(gemma)
         vocab_size = text_config.vocab_size
-        tokenizer = add_world_tokens(gemma, folder)
+        tokenizer = add_world_tokens(gemma)
         config = build_config(world_config, text_config, tokenizer, image_size, dtype, **layout)
         vae_checkpoint = Checkpoint.open(vae.folder, "diffusion_pytorch_model")
         gemma_checkpoint = Checkpoint.open(gemma.folder, "model")

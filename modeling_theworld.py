@@ -25,9 +25,9 @@ from .configuration_theworld import TheWorldConfig, TheWorldEncoderConfig
 from .frames_theworld import use_frame_modules
 
 
-# Images are encoded together up to so many pixels, which bounds memory: one of 512 x 512 on a CPU, where more at once
-# are no faster, and eight elsewhere.
-PIXELS_AT_ONCE = {"cpu": 2**18, "accelerator": 2**21}
+# Images are encoded together up to so many pixels, which bounds memory: one of 256 x 256 on a CPU, where more at once
+# are slower, and eight of 512 x 512 elsewhere.
+PIXELS_AT_ONCE = {"cpu": 2**16, "accelerator": 2**21}
 
 
 @dataclass
