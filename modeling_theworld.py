@@ -29,6 +29,9 @@ from .frames_theworld import use_frame_modules
 # are no faster, and eight elsewhere.
 PIXELS_AT_ONCE = {"cpu": 2**18, "accelerator": 2**21}
 
+# Attention of the engines that build a model with `AutoModel.from_config` and put their own head on it.
+ENGINE_ATTENTION = ("vllm", "sglang")
+
 
 @dataclass
 class TheWorldModelOutputWithPast(BaseModelOutputWithPast):
@@ -346,6 +349,18 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
         self.model = TheWorldModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+
+    @classmethod
+    def _from_config(cls, config: TheWorldConfig, **kwargs) -> PreTrainedModel:
+        """
+        As transformers' own, for users; for a serving engine, the model without a head.
+
+        An engine brings its own attention, head and sampling. It names its attention when it asks `AutoModel` for the
+        model, and wants the hidden states.
+        """
+        if kwargs.get("attn_implementation", config.text_config._attn_implementation) in ENGINE_ATTENTION:
+            return TheWorldModel._from_config(config, **kwargs)
+        return super()._from_config(config, **kwargs)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head

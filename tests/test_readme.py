@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 from test_demo import run_demo
+from test_run_it import RUN_IT
+from test_vllm import COMMAND as VLLM_COMMAND
 from transformers import AutoConfig, Gemma2Config
 
 import convert_weights
@@ -18,7 +20,9 @@ README = (ROOT / "README.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+    """The README's snippets, but for those that test_run_it.py and test_vllm.py run."""
+    text = README.replace(RUN_IT, "") if language == "python" else README
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture
@@ -60,6 +64,8 @@ def test_the_shell_commands_exist(user_folder):
                 assert (ROOT / "pyproject.toml").is_file()
             case ["python", "convert_weights.py", *arguments]:
                 assert convert_weights.parse_arguments(arguments).output == Path("my-theworld")
+            case ["vllm", "serve", *_]:
+                assert command == VLLM_COMMAND
             case ["python", "demo.py", *_]:
                 arguments = re.findall(r'"([^"]*)"|(\S+)', command)[2:]
                 run_demo(*(quoted or plain for quoted, plain in arguments))
