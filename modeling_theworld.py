@@ -471,12 +471,14 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
         """
         As transformers' own, and encodes the images, once, before beams multiply the prompts.
 
-        A prompt's images stay together: for two beams, [A, B] becomes [A, B, A, B] and not [A, A, B, B].
+        A prompt's images stay together: for two beams, [A, B] becomes [A, B, A, B] and not [A, A, B, B]. What a cache
+        holds was read with its images: those that come now are for the rest of the prompt.
         """
         image_forms = ("pixel_values", "world_latents", "mm_encoder_outputs")
         world_tokens = self.model.get_world_tokens(**{form: model_kwargs.pop(form, None) for form in image_forms})
         if world_tokens is not None:
-            prompts = input_ids if input_ids.numel() else None
+            cache = model_kwargs.get("past_key_values")
+            prompts = input_ids[:, cache.get_seq_length() if cache is not None else 0 :] if input_ids.numel() else None
             mask = self.model.get_placeholder_mask(prompts, model_kwargs.get("inputs_embeds"), world_tokens)
             places, places_per_image = mask.sum((1, 2)), world_tokens.shape[1]
             if (places % places_per_image).any():
