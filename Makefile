@@ -5,7 +5,7 @@ VLLM := .venv-vllm
 WEB := .venv-web
 EXTRAS := test
 
-.PHONY: demo test test-oldest test-vllm test-quantized test-real-size train evaluate benchmark clean
+.PHONY: demo test test-oldest test-vllm test-quantized test-web test-real-size train evaluate benchmark clean
 
 demo: $(VENV)/.installed
 	$(PYTHON) demo.py assets/scene.png "What shape is the blue object?" "How many circles are there?" "Where is the yellow star from the blue star?" --save demo.png
@@ -17,13 +17,21 @@ test: $(VENV)/.installed build/suite/transformers_tests
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest --ignore tests/test_transformers_common.py
 
-# vLLM, served and asked for real.
+# vLLM, served and asked for real; and, on its version of transformers, what users do.
 test-vllm: $(VLLM)/.installed
-	$(VLLM)/bin/python -m pytest tests/test_vllm.py -m vllm
+	$(VLLM)/bin/python -m pytest tests/test_vllm.py tests/test_run_it.py tests/test_user_route.py -m "vllm or not vllm"
 
 # Gemma in fewer bits, by torchao and by bitsandbytes.
 test-quantized: $(WEB)/.installed
 	$(WEB)/bin/python -m pytest tests/test_quantized.py -m quantized
+
+# app.py in Debian's Chromium.
+test-web: $(WEB)/.installed /usr/bin/chromedriver
+	$(WEB)/bin/python -m pytest tests/test_web.py -m web
+
+/usr/bin/chromedriver:
+	apt-get update --quiet --quiet
+	apt-get install --yes --quiet --quiet --no-install-recommends chromium chromium-driver
 
 # A pair of real size with random weights: 5.3 GB written, converted, loaded. Needs 12 GB of disk and 10 GB of memory.
 test-real-size: $(VENV)/.installed

@@ -10,6 +10,7 @@ It answers on the loopback only, unless `GRADIO_SERVER_NAME` says otherwise, as 
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from html import escape
 from random import randrange
 from threading import Thread
 from time import perf_counter
@@ -25,8 +26,7 @@ from recipe.scenes import SPLITS, draw_scene
 
 
 MAX_UPLOAD = "5mb"
-FIRST_SCENE = SPLITS["test"][0]  # that of assets/scene.png
-CSS = ".gradio-container {max-width: 1180px !important} #picture img, #look img {image-rendering: auto}"
+CSS = ".gradio-container {max-width: 1180px !important} #picture img {width: 100%; height: 100%; object-fit: contain}"
 
 model = AutoModel.from_pretrained(BUNDLED, trust_remote_code=True).eval()
 processor = AutoProcessor.from_pretrained(BUNDLED, trust_remote_code=True)
@@ -109,19 +109,18 @@ def ask(picture: Image.Image | None, question: str, compare: bool, talk: Convers
         inputs = make_inputs(talk.messages(), turn.question, picture)
         blind_inputs = make_inputs(talk.messages(blind=True), turn.question, None)
     except ValueError as error:
-        raise gr.Error(str(error), print_exception=False) from error
+        raise gr.Error(escape(str(error)), print_exception=False) from error
 
-    started = perf_counter()
-    pixel_values, latents = inputs.pop("pixel_values"), talk.latents
+    pixel_values, latents, encoding = inputs.pop("pixel_values"), talk.latents, "the picture's latents kept"
     if latents is None:
+        started = perf_counter()
         with torch.no_grad():
             latents = model.get_world_latents(pixel_values)
-    seconds = perf_counter() - started
+        encoding = f"{(perf_counter() - started) * 1000:.0f} ms to encode the picture"
     talk = Conversation([*talk.turns, turn], latents)
 
     world_tokens = (inputs["input_ids"] == model.config.image_token_id).sum()
-    note = f"{inputs['input_ids'].shape[1]} tokens in the prompt, {world_tokens} of them world tokens; "
-    note += f"{seconds * 1000:.0f} ms to encode the picture, "
+    note = f"{inputs['input_ids'].shape[1]} tokens in the prompt, {world_tokens} of them world tokens; {encoding}, "
     expected = f"<br>The scene's own answer: **{right[turn.question]}**" if turn.question in right else ""
     overlay = times = None
     for turn.answer, times in stream(inputs, world_latents=latents):
@@ -138,31 +137,50 @@ def shown(talk: Conversation, overlay: Image.Image | None, note: str) -> tuple:
     return talk, talk.messages(), talk.messages(blind=True), overlay, note, ""
 
 
-def draw(seed: int | None = None):
-    """A scene with its own questions."""
-    scene = draw_scene(randrange(SPLITS["test"].start, SPLITS["test"].stop) if seed is None else seed)
-    right = {question.text: question.answer for question in scene.questions}
-    return scene.image, right, gr.Dataset(samples=[[text] for text in right])
+def draw(seed: int) -> tuple[Image.Image, dict[str, str]]:
+    """A scene, and the right answers to its own questions."""
+    scene = draw_scene(seed)
+    return scene.image, {question.text: question.answer for question in scene.questions}
 
 
+def draw_another() -> tuple:
+    """A scene that the model was not trained on, for the page."""
+    picture, right = draw(randrange(SPLITS["test"].start, SPLITS["test"].stop))
+    return picture, right, samples(right)
+
+
+def samples(right: dict[str, str]) -> gr.Dataset:
+    return gr.Dataset(samples=[[question] for question in right], visible=bool(right))
+
+
+first_picture, first_right = draw(SPLITS["test"][0])  # the scene of assets/scene.png
 with gr.Blocks(title="TheWorld") as page:
     gr.Markdown(
         "# TheWorld\nGemma reads pictures through the VAE encoder of the Cosmos world models. This small model was "
         "trained on drawn scenes and nine kinds of questions about them, and knows nothing else."
     )
-    first_picture, first_right, _ = draw(FIRST_SCENE)
     talk, right = gr.State(Conversation()), gr.State(first_right)
     with gr.Row():
         with gr.Column(scale=2, min_width=260):
             picture = gr.Image(
-                first_picture, type="pil", format="png", label="Picture", height=270, sources=["upload", "clipboard"]
+                first_picture,
+                type="pil",
+                format="png",
+                label="Picture",
+                height=270,
+                sources=["upload", "clipboard"],
+                elem_id="picture",
             )
             new_scene = gr.Button("Draw another scene")
             overlay = gr.Image(label="What it looked at", height=270, format="png", interactive=False, elem_id="look")
         with gr.Column(scale=5):
             with gr.Row():
-                chat = gr.Chatbot(label="With world tokens", height=330, elem_id="with", feedback_options=None)
-                blind_chat = gr.Chatbot(label="Without", height=330, elem_id="without", feedback_options=None)
+                chat = gr.Chatbot(
+                    label="With world tokens", height=330, elem_id="with", buttons=[], feedback_options=None
+                )
+                blind_chat = gr.Chatbot(
+                    label="Without", height=330, elem_id="without", buttons=[], feedback_options=None
+                )
             compare = gr.Checkbox(True, label="Ask without world tokens too, to see what they are worth")
             with gr.Row():
                 question = gr.Textbox(
@@ -176,10 +194,11 @@ with gr.Blocks(title="TheWorld") as page:
 
     compare.change(lambda on: gr.Chatbot(visible=on), compare, blind_chat)
     questions.click(lambda sample: sample[0], questions, question)
-    new_scene.click(draw, None, [picture, right, questions])
-    picture.input(lambda: ({}, gr.Dataset(samples=[])), None, [right, questions])
+    new_scene.click(draw_another, None, [picture, right, questions])
+    picture.input(lambda: ({}, samples({})), None, [right, questions])
     outputs = [talk, chat, blind_chat, overlay, note, question]
-    picture.change(lambda: shown(Conversation(), None, ""), None, outputs)
+    for start_again in (picture.change, chat.clear, blind_chat.clear):
+        start_again(lambda: shown(Conversation(), None, ""), None, outputs)
     gr.on([send.click, question.submit], ask, [picture, question, compare, talk, right], outputs)
 
 

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import chat
+from huggingface_hub import ModelCard
+from packaging import version
 from PIL import Image
 from test_user_route import MODEL_FILES, run_fresh
 from transformers import (
@@ -130,6 +133,13 @@ def test_a_streamer_gets_the_answer_in_pieces(model, processor, scenes):
     assert len(pieces) > 1 and "".join(pieces).strip() == question.answer
 
 
+def test_the_cards_widget_shows_a_right_answer(pipe):
+    for example in ModelCard.load(ROOT / "README.md").data.widget:
+        with Image.open(ROOT / example["src"]) as image:
+            (answered,) = pipe(text=as_chat(image, example["text"]), return_full_text=False)
+        assert answered["generated_text"] == example["output"]["text"]
+
+
 def test_samples_come_from_the_image(model, processor, scenes):
     set_seed(0)
     right = total = 0
@@ -141,13 +151,17 @@ def test_samples_come_from_the_image(model, processor, scenes):
     assert right / total > 0.9
 
 
-def test_its_own_gemma_assists(model, processor, scenes, tmp_path):
+def test_its_own_gemma_assists_or_is_refused(model, processor, scenes):
     """The draft is made blind, so it is often wrong; the answer is the same all the same."""
     gemma = AutoModelForCausalLM.from_config(model.config.text_config).eval()
     gemma.model.load_state_dict(model.model.language_model.state_dict())
     for scene in scenes[:4]:
         inputs = chat(processor, scene.image, scene.questions[0].text)
-        assert torch.equal(model.generate(**inputs, assistant_model=gemma), model.generate(**inputs))
+        if version.parse(transformers.__version__) >= version.parse("5.19"):
+            assert torch.equal(model.generate(**inputs, assistant_model=gemma), model.generate(**inputs))
+        else:
+            with pytest.raises(ValueError, match="mm_encoder_outputs"):
+                model.generate(**inputs, assistant_model=gemma)
 
 
 def test_a_theworld_does_not_assist(model, processor, scenes):
