@@ -171,7 +171,7 @@ def test_what_it_cannot_read_is_said(page):
     box.send_keys("<world>What is this?")
     page.click("Ask")
     said = wait_for(lambda: page.find(".toast-body").text, "a message")
-    assert "2 `<world>`, but 1 image" in said
+    assert "one `<world>` for each of its images: the prompts have [2], the images are [1]" in said
     assert not page.answers("#with")
 
 
