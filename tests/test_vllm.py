@@ -10,12 +10,12 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 from test_run_it import snippet
 from transformers import AutoModel, AutoProcessor
@@ -29,6 +29,8 @@ COMMAND = re.search(r"^vllm serve .*$", README, flags=re.MULTILINE).group()
 
 pytestmark = pytest.mark.vllm
 
+MAX_TOKENS = 20
+
 # A user's message: texts and images in their order.
 Message = list[str | Image.Image]
 
@@ -40,8 +42,8 @@ def free_port() -> int:
 
 
 @contextmanager
-def serve(folder: Path, *options: str):
-    """Runs the README's command, and yields the address once the server is ready."""
+def serve(model: Path, folder: Path, *options: str):
+    """Runs the README's command in a model's folder, and yields the address once the server is ready."""
     port = free_port()
     program, *arguments = COMMAND.split()
     command = [Path(sys.executable).parent / program, *arguments, "--host", "127.0.0.1", "--port", str(port), *options]
@@ -53,7 +55,7 @@ def serve(folder: Path, *options: str):
     }
     log = folder / "log.txt"
     with log.open("w") as stream:
-        server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+        server = subprocess.Popen(command, cwd=model, env=environment, stdout=stream, stderr=subprocess.STDOUT)
     try:
         address = f"http://127.0.0.1:{port}"
         await_health(server, address, log)
@@ -78,7 +80,7 @@ def await_health(server: subprocess.Popen, address: str, log: Path, seconds: int
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
-    with serve(tmp_path_factory.mktemp("vllm"), "--dtype", "float32") as address:
+    with serve(ROOT, tmp_path_factory.mktemp("vllm"), "--dtype", "float32") as address:
         yield address
 
 
@@ -87,13 +89,11 @@ def scenes():
     return [draw_scene(seed) for seed in SPLITS["test"][:40]]
 
 
-@pytest.fixture(scope="module")
-def theirs():
-    """Greedy tokens of transformers for a message."""
-    model = AutoModel.from_pretrained(ROOT, trust_remote_code=True).eval()
-    processor = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
+def greedy(folder: Path) -> Callable[[Message], list[int]]:
+    """What gives the greedy tokens of transformers for a message."""
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 
-    @torch.no_grad()
     def answer(message: Message) -> list[int]:
         content = [
             {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part}
@@ -106,9 +106,15 @@ def theirs():
             return_dict=True,
             return_tensors="pt",
         )
-        return model.generate(**inputs, do_sample=False)[0, inputs["input_ids"].shape[1] :].tolist()
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_TOKENS)
+        return output[0, inputs["input_ids"].shape[1] :].tolist()
 
     return answer
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    return greedy(ROOT)
 
 
 def ours(address: str, message: Message) -> list[int]:
@@ -126,6 +132,7 @@ def ours(address: str, message: Message) -> list[int]:
         model=".",
         messages=[{"role": "user", "content": content}],
         temperature=0,
+        max_completion_tokens=MAX_TOKENS,
         extra_body={"return_token_ids": True},
     )
     return completion.choices[0].token_ids
@@ -216,6 +223,14 @@ def test_two_processes_share_the_model(theirs, scenes, tmp_path):
     """Tensor parallel; without compiling, which the other tests cover."""
     messages = mixed_messages(scenes[:16])
     options = ("--dtype", "float32", "--tensor-parallel-size", "2", "--enforce-eager")
-    with serve(tmp_path, *options) as address, ThreadPoolExecutor(8) as pool:
+    with serve(ROOT, tmp_path, *options) as address, ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda message: ours(address, message), messages))
     assert answers == [theirs(message) for message in messages]
+
+
+def test_a_converted_gemma_2_with_its_windows_and_capped_logits(convert, scenes, tmp_path):
+    folder = convert("gemma2")
+    theirs = greedy(folder)
+    with serve(folder, tmp_path, "--dtype", "float32", "--enforce-eager") as address:
+        for message in mixed_messages(scenes)[:8]:
+            assert ours(address, message) == theirs(message)

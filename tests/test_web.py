@@ -146,6 +146,16 @@ def test_another_scene_brings_its_own_questions_and_a_new_conversation(page):
     assert f"The scene's own answer: {answer}" in page.text("#note")
 
 
+def test_clearing_a_chat_starts_again(page):
+    page.ask(QUESTION)
+    page.find("#with button[aria-label='Clear']").click()
+    wait_for(
+        lambda: not page.answers("#with") + page.answers("#without") and not page.find("#look img"), "empty chats"
+    )
+    page.ask(QUESTION)
+    assert "ms to encode the picture" in page.text("#note")
+
+
 def test_without_comparing_there_is_one_chat(page):
     page.find("input[type=checkbox]").click()
     wait_for(lambda: not any(chat.is_displayed() for chat in page.find_all("#without")), "one chat")
