@@ -17,9 +17,9 @@ test: $(VENV)/.installed build/suite/transformers_tests
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest --ignore tests/test_transformers_common.py
 
-# vLLM, served and asked for real; and, on its version of transformers, what users do.
+# vLLM, served and asked for real; and what the README says under "Run it", on its version of transformers.
 test-vllm: $(VLLM)/.installed
-	$(VLLM)/bin/python -m pytest tests/test_vllm.py tests/test_run_it.py tests/test_user_route.py -m "vllm or not vllm"
+	$(VLLM)/bin/python -m pytest tests/test_vllm.py tests/test_run_it.py -m "vllm or not vllm"
 
 # Gemma in fewer bits, by torchao and by bitsandbytes.
 test-quantized: $(WEB)/.installed
