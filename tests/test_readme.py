@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 from test_demo import run_demo
+from test_run_it import RUN_IT
+from test_vllm import COMMAND as VLLM_COMMAND
 from transformers import AutoConfig, Gemma2Config
 
 import convert_weights
@@ -18,7 +20,9 @@ README = (ROOT / "README.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+    """The README's snippets, but for those that test_run_it.py and test_vllm.py run."""
+    text = README.replace(RUN_IT, "") if language == "python" else README
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture
@@ -56,10 +60,15 @@ def test_the_shell_commands_exist(user_folder):
         match command.split():
             case ["make", target]:
                 assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
-            case ["pip", "install", "-e", "."]:
-                assert (ROOT / "pyproject.toml").is_file()
+            case ["pip", "install", "-e", target]:
+                extras = re.findall(r'"?\.(?:\[(\w+)\])?"?', target)
+                assert all(f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text() for extra in extras if extra)
             case ["python", "convert_weights.py", *arguments]:
                 assert convert_weights.parse_arguments(arguments).output == Path("my-theworld")
+            case ["vllm", "serve", *_]:
+                assert command == VLLM_COMMAND
+            case ["python", "app.py"]:
+                assert '"app.py"' in (ROOT / "tests" / "test_web.py").read_text()  # which runs it
             case ["python", "demo.py", *_]:
                 arguments = re.findall(r'"([^"]*)"|(\S+)', command)[2:]
                 run_demo(*(quoted or plain for quoted, plain in arguments))
@@ -110,3 +119,27 @@ def test_the_card_has_valid_metadata():
     data = ModelCard.load(ROOT / "README.md").data
     assert data.library_name == "transformers" and data.pipeline_tag == "image-text-to-text"
     assert data.license == "apache-2.0" and "custom_code" in data.tags and data.language == "en"
+    assert data.model_name == "TheWorld, the bundled model"
+
+
+def test_the_cards_results_are_those_of_the_evaluation():
+    report = json.loads((ROOT / "results" / "evaluation.json").read_text())
+    listed = {
+        result.metric_name: result.metric_value for result in ModelCard.load(ROOT / "README.md").data.eval_results
+    }
+    scores = {
+        name: round(100 * report["scores"][condition]["overall"]["share"], 1)
+        for name, condition in {"accuracy": "world tokens", "accuracy without an image": "no image"}.items()
+    }
+    assert listed == scores
+
+
+def test_the_table_of_versions_is_that_of_the_environments():
+    table = README.split("| transformers | diffusers |")[1].split("\n\n")[0]
+    rows = re.findall(r"^\| ([\d.]+) \| ([\d.]+) \| .*?`make (\S+)`", table, flags=re.MULTILINE)
+    assert [target for *_, target in rows] == ["test", "test-vllm", "test-oldest"]
+    ci = (ROOT / ".ci" / "run").read_text().splitlines()
+    for (transformers, diffusers, target), name in zip(rows, ("", "-vllm", "-oldest"), strict=True):
+        pinned = set((ROOT / f"constraints{name}.txt").read_text().split())
+        assert {f"transformers=={transformers}", f"diffusers=={diffusers}"} <= pinned
+        assert f"make {target}" in ci

@@ -1,0 +1,206 @@
+# Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
+"""
+A web page to ask the model in this folder about pictures; Spaces looks for a file of this name.
+
+    pip install -e ".[web]"
+    python app.py
+
+It answers on the loopback only, unless `GRADIO_SERVER_NAME` says otherwise, as it does on Spaces.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from html import escape
+from random import randrange
+from threading import Thread
+from time import perf_counter
+
+import gradio as gr
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoProcessor, BatchFeature, TextIteratorStreamer
+
+from demo import BUNDLED
+from look import attention_to_world, heat
+from recipe.scenes import SPLITS, draw_scene
+
+
+MAX_UPLOAD = "5mb"
+CSS = ".gradio-container {max-width: 1180px !important} #picture img {width: 100%; height: 100%; object-fit: contain}"
+
+model = AutoModel.from_pretrained(BUNDLED, trust_remote_code=True).eval()
+processor = AutoProcessor.from_pretrained(BUNDLED, trust_remote_code=True)
+
+
+@dataclass
+class Turn:
+    """A question, its answer from the world tokens, and without them; the latter is None where nobody asked for it."""
+
+    question: str
+    answer: str = ""
+    blind_answer: str | None = None
+
+
+@dataclass
+class Conversation:
+    """The turns about a picture. Its `latents` [1, z, h, w] come with the first, and serve all of them."""
+
+    turns: list[Turn] = field(default_factory=list)
+    latents: torch.Tensor | None = None
+
+    def messages(self, blind: bool = False) -> list[dict]:
+        """All turns, with the answers from the world tokens or those without."""
+        messages = []
+        for turn in self.turns:
+            if (answer := turn.blind_answer if blind else turn.answer) is not None:
+                messages += [{"role": "user", "content": turn.question}, {"role": "assistant", "content": answer}]
+        return messages
+
+
+class TimedStreamer(TextIteratorStreamer):
+    """The answer's text in pieces, and when each of its tokens came."""
+
+    def __init__(self):
+        super().__init__(processor.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60)
+        self.times = []
+
+    def put(self, value):
+        self.times.append(perf_counter())
+        super().put(value)
+
+    def __str__(self) -> str:
+        if len(self.times) < 2:
+            return ""
+        prompt, first, *further = self.times
+        each = (
+            f", {(further[-1] - first) / len(further) * 1000:.0f} ms for each of {len(further)} more"
+            if further
+            else ""
+        )
+        return f"{(first - prompt) * 1000:.0f} ms to the first token{each}"
+
+
+def make_inputs(messages: list[dict], question: str, picture: Image.Image | None) -> BatchFeature:
+    """The conversation as the model reads it, the picture, if there is one, before the first question."""
+    messages = [*messages, {"role": "user", "content": question}]
+    turns = [{"role": each["role"], "content": [{"type": "text", "text": each["content"]}]} for each in messages]
+    if picture is not None:
+        turns[0]["content"].insert(0, {"type": "image", "image": picture})
+    return processor.apply_chat_template(
+        turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+
+
+def stream(inputs: BatchFeature, **images: torch.Tensor) -> Iterator[tuple[str, TimedStreamer]]:
+    """Yields the answer so far, and its times, at each piece."""
+    streamer, answer = TimedStreamer(), ""
+    Thread(target=model.generate, kwargs={**inputs, **images, "streamer": streamer}).start()
+    for piece in streamer:
+        answer += piece
+        yield answer.strip(), streamer
+
+
+def ask(picture: Image.Image | None, question: str, compare: bool, talk: Conversation, right: dict[str, str]):
+    """Answers with world tokens, then, to compare, without; yields what the page shows as it comes."""
+    if picture is None or not question.strip():
+        raise gr.Error("Give a picture and a question.", print_exception=False)
+    turn = Turn(question.strip())
+    try:
+        inputs = make_inputs(talk.messages(), turn.question, picture)
+        blind_inputs = make_inputs(talk.messages(blind=True), turn.question, None)
+    except ValueError as error:
+        raise gr.Error(escape(str(error)), print_exception=False) from error
+
+    pixel_values, latents, encoding = inputs.pop("pixel_values"), talk.latents, "the picture's latents kept"
+    if latents is None:
+        started = perf_counter()
+        with torch.no_grad():
+            latents = model.get_world_latents(pixel_values)
+        encoding = f"{(perf_counter() - started) * 1000:.0f} ms to encode the picture"
+    talk = Conversation([*talk.turns, turn], latents)
+
+    world_tokens = (inputs["input_ids"] == model.config.image_token_id).sum()
+    note = f"{inputs['input_ids'].shape[1]} tokens in the prompt, {world_tokens} of them world tokens; {encoding}, "
+    expected = f"<br>The scene's own answer: **{right[turn.question]}**" if turn.question in right else ""
+    overlay = times = None
+    for turn.answer, times in stream(inputs, world_latents=latents):
+        yield shown(talk, overlay, f"{note}{times}{expected}")
+    overlay = heat(picture, attention_to_world(model, inputs, latents))
+    yield shown(talk, overlay, f"{note}{times}{expected}")
+    if compare:
+        for turn.blind_answer, _ in stream(blind_inputs):
+            yield shown(talk, overlay, f"{note}{times}{expected}")
+
+
+def shown(talk: Conversation, overlay: Image.Image | None, note: str) -> tuple:
+    """The page's outputs, in the order of `outputs` below; the question's box is emptied."""
+    return talk, talk.messages(), talk.messages(blind=True), overlay, note, ""
+
+
+def draw(seed: int) -> tuple[Image.Image, dict[str, str]]:
+    """A scene, and the right answers to its own questions."""
+    scene = draw_scene(seed)
+    return scene.image, {question.text: question.answer for question in scene.questions}
+
+
+def draw_another() -> tuple:
+    """A scene that the model was not trained on, for the page."""
+    picture, right = draw(randrange(SPLITS["test"].start, SPLITS["test"].stop))
+    return picture, right, samples(right)
+
+
+def samples(right: dict[str, str]) -> gr.Dataset:
+    return gr.Dataset(samples=[[question] for question in right], visible=bool(right))
+
+
+first_picture, first_right = draw(SPLITS["test"][0])  # the scene of assets/scene.png
+with gr.Blocks(title="TheWorld") as page:
+    gr.Markdown(
+        "# TheWorld\nGemma reads pictures through the VAE encoder of the Cosmos world models. This small model was "
+        "trained on drawn scenes and nine kinds of questions about them, and knows nothing else."
+    )
+    talk, right = gr.State(Conversation()), gr.State(first_right)
+    with gr.Row():
+        with gr.Column(scale=2, min_width=260):
+            picture = gr.Image(
+                first_picture,
+                type="pil",
+                format="png",
+                label="Picture",
+                height=270,
+                sources=["upload", "clipboard"],
+                elem_id="picture",
+            )
+            new_scene = gr.Button("Draw another scene")
+            overlay = gr.Image(label="What it looked at", height=270, format="png", interactive=False, elem_id="look")
+        with gr.Column(scale=5):
+            with gr.Row():
+                chat = gr.Chatbot(
+                    label="With world tokens", height=330, elem_id="with", buttons=[], feedback_options=None
+                )
+                blind_chat = gr.Chatbot(
+                    label="Without", height=330, elem_id="without", buttons=[], feedback_options=None
+                )
+            compare = gr.Checkbox(True, label="Ask without world tokens too, to see what they are worth")
+            with gr.Row():
+                question = gr.Textbox(
+                    show_label=False, placeholder="Ask about the picture", scale=5, elem_id="question"
+                )
+                send = gr.Button("Ask", variant="primary", scale=1)
+            questions = gr.Dataset(
+                components=[question], samples=[[text] for text in first_right], label="The scene's own questions"
+            )
+            note = gr.Markdown(elem_id="note")
+
+    compare.change(lambda on: gr.Chatbot(visible=on), compare, blind_chat)
+    questions.click(lambda sample: sample[0], questions, question)
+    new_scene.click(draw_another, None, [picture, right, questions])
+    picture.input(lambda: ({}, samples({})), None, [right, questions])
+    outputs = [talk, chat, blind_chat, overlay, note, question]
+    for start_again in (picture.change, chat.clear, blind_chat.clear):
+        start_again(lambda: shown(Conversation(), None, ""), None, outputs)
+    gr.on([send.click, question.submit], ask, [picture, question, compare, talk, right], outputs)
+
+
+if __name__ == "__main__":
+    page.launch(max_file_size=MAX_UPLOAD, css=CSS)

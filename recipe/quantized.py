@@ -1,0 +1,71 @@
+# Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
+"""
+What the bundled model answers with Gemma's matrices in fewer bits.
+
+    python -m recipe.quantized
+
+needs torchao and bitsandbytes, and writes `results/quantized.json` and `.md`. Only Gemma's layers are quantised:
+the encoder, the projection and the tied head keep their numbers.
+"""
+
+import json
+from collections.abc import Callable
+
+import torch
+from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
+from transformers import AutoModel, AutoProcessor, BitsAndBytesConfig, TorchAoConfig
+
+from .evaluate import CONDITIONS, QUESTIONS_PER_KIND, Case, answer, held_out_cases, score
+from .train import RESULTS, ROOT
+
+
+# By their full names: a bare `linear_1` would match any layer of that name.
+KEPT = ["model.world_encoder", "model.world_projection", "lm_head"]
+
+
+def torchao(weights) -> TorchAoConfig:
+    return TorchAoConfig(weights, modules_to_not_convert=KEPT)
+
+
+# How Gemma's matrices are held; None is as saved.
+SETTINGS: dict[str, Callable] = {
+    "float32": lambda: None,
+    "torchao int8": lambda: torchao(Int8WeightOnlyConfig(version=2)),
+    "torchao int4, groups of 32": lambda: torchao(
+        IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
+    ),
+    "bitsandbytes int8": lambda: BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=KEPT),
+    "bitsandbytes nf4": lambda: BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=KEPT
+    ),
+}
+
+
+def load(setting: str):
+    """The bundled model with Gemma's matrices held as `SETTINGS` says."""
+    return AutoModel.from_pretrained(ROOT, trust_remote_code=True, quantization_config=SETTINGS[setting]()).eval()
+
+
+def share_right(setting: str, cases: list[Case]) -> dict:
+    processor = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
+    return score(cases, answer(load(setting), processor, cases, CONDITIONS["world tokens"]))["overall"]
+
+
+def table(scores: dict[str, dict]) -> str:
+    rows = [
+        f"| {setting} | {100 * s['share']:.1f} ({100 * s['interval'][0]:.1f} to {100 * s['interval'][1]:.1f}) |"
+        for setting, s in scores.items()
+    ]
+    return "\n".join(["| Gemma's matrices | right, % |", "|---|---|", *rows])
+
+
+def main() -> None:
+    cases = held_out_cases(QUESTIONS_PER_KIND)
+    scores = {setting: share_right(setting, cases) for setting in SETTINGS}
+    (RESULTS / "quantized.json").write_text(json.dumps({"questions": len(cases), "scores": scores}, indent=1) + "\n")
+    (RESULTS / "quantized.md").write_text(table(scores) + "\n")
+    print(table(scores))
+
+
+if __name__ == "__main__":
+    main()

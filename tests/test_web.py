@@ -1,0 +1,197 @@
+"""Pins app.py (`make test-web`): in a browser, it answers about scenes and uploads, with world tokens and without."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from test_vllm import free_port
+
+from recipe.scenes import SPLITS, draw_scene
+
+
+ROOT = Path(__file__).parent.parent
+SCREENSHOT = ROOT / "build" / "web.png"
+QUESTION = "Where is the yellow star from the blue star?"
+
+pytestmark = pytest.mark.web
+
+
+def wait_for(condition: Callable, what: str, seconds: float = 60):
+    """The first true value of `condition()`; elements that are not there, or no more, count as false."""
+    from selenium.common.exceptions import WebDriverException
+
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if value := condition():
+                return value
+        except (WebDriverException, AttributeError):
+            pass
+        time.sleep(0.1)
+    pytest.fail(f"waited {seconds} s for {what}")
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    """app.py as a user starts it."""
+    port, log = free_port(), tmp_path_factory.mktemp("web") / "log.txt"
+    environment = os.environ | {"GRADIO_SERVER_PORT": str(port), "GRADIO_ANALYTICS_ENABLED": "False"}
+    with log.open("w") as stream:
+        server = subprocess.Popen(
+            [sys.executable, "app.py"], cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT
+        )
+    try:
+        wait_for(lambda: server.poll() is not None or "Running on" in log.read_text(), "app.py to start")
+        assert server.poll() is None, log.read_text()
+        assert f"http://127.0.0.1:{port}" in log.read_text()  # not on every address of the machine
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1180,1010"):
+        options.add_argument(argument)
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService("/usr/bin/chromedriver"))
+    yield browser
+    browser.quit()
+
+
+class Page:
+    """What a person does on the page."""
+
+    def __init__(self, browser, address: str):
+        self.browser = browser
+        browser.get(address)
+        wait_for(lambda: self.find("#question textarea, #question input"), "the page")
+        wait_for(lambda: self.find("#picture img"), "the first scene")
+
+    def find_all(self, selector: str) -> list:
+        return self.browser.find_elements("css selector", selector)
+
+    def find(self, selector: str):
+        return next(iter(self.find_all(selector)), None)
+
+    def text(self, selector: str) -> str:
+        return self.browser.find_element("css selector", selector).text
+
+    def click(self, text: str) -> None:
+        wait_for(lambda: self.browser.find_element("xpath", f"//button[contains(., '{text}')]").click() or True, text)
+
+    def answers(self, selector: str) -> list[str]:
+        """Everything said by the model in one of the chats."""
+        return [element.text.strip() for element in self.find_all(f"{selector} .bot.message")]
+
+    def ask(self, question: str, *, with_blind: bool = True) -> tuple[str, str | None]:
+        """The finished answers, with world tokens and without."""
+        before = len(self.answers("#with"))
+        box = wait_for(lambda: self.find("#question textarea, #question input"), "the box")
+        box.send_keys(question)
+        self.click("Ask")
+        wait_for(lambda: len(self.answers("#with")) == before + 1 and self.find("#look img"), "the answer")
+        if with_blind:
+            wait_for(lambda: len(self.answers("#without")) == before + 1, "the answer without world tokens")
+        wait_for(lambda: not self.find(".pending, .generating, .progress-text"), "the end of the answer")
+        return self.answers("#with")[-1], self.answers("#without")[-1] if with_blind else None
+
+    def own_questions(self) -> list[str]:
+        return [button.text for button in self.find_all(".gallery-item") if button.text]
+
+
+@pytest.fixture
+def page(browser, address):
+    return Page(browser, address)
+
+
+def test_it_answers_from_the_picture_and_shows_that_it_cannot_without(page):
+    right = {question.text: question.answer for question in draw_scene(SPLITS["test"][0]).questions}
+    assert page.own_questions() == list(right)
+    first, blind = page.ask(QUESTION)
+    assert first == right[QUESTION] != blind
+    second, _ = page.ask("How many circles are there?")
+    assert second == right["How many circles are there?"]
+
+    note = page.text("#note")
+    assert re.search(r"\d+ tokens in the prompt, 64 of them world tokens; the picture's latents kept, \d+ ms", note)
+    assert f"The scene's own answer: {second}" in note
+    SCREENSHOT.parent.mkdir(exist_ok=True)
+    page.browser.save_screenshot(str(SCREENSHOT))
+    with Image.open(SCREENSHOT) as taken, Image.open(ROOT / "assets" / "web.png") as shown:
+        assert taken.size == shown.size
+    assert (ROOT / "assets" / "web.png").stat().st_size < 200_000
+
+
+def test_another_scene_brings_its_own_questions_and_a_new_conversation(page):
+    page.ask(QUESTION)
+    before = page.own_questions()
+    page.click("Draw another scene")
+    wait_for(lambda: page.own_questions() not in ([], before) and not page.answers("#with"), "another scene")
+    question = page.own_questions()[0]
+    page.click(question)
+    wait_for(lambda: page.find("#question textarea, #question input").get_attribute("value") == question, "its text")
+    answer, _ = page.ask("")
+    assert f"The scene's own answer: {answer}" in page.text("#note")
+
+
+def test_clearing_a_chat_starts_again(page):
+    page.ask(QUESTION)
+    page.find("#with button[aria-label='Clear']").click()
+    wait_for(
+        lambda: not page.answers("#with") + page.answers("#without") and not page.find("#look img"), "empty chats"
+    )
+    page.ask(QUESTION)
+    assert "ms to encode the picture" in page.text("#note")
+
+
+def test_without_comparing_there_is_one_chat(page):
+    page.find("input[type=checkbox]").click()
+    wait_for(lambda: not any(chat.is_displayed() for chat in page.find_all("#without")), "one chat")
+    assert page.ask(QUESTION, with_blind=False)[0] == "right of"
+
+
+def test_a_picture_of_ones_own(page, tmp_path):
+    scene = draw_scene(SPLITS["test"][1])
+    scene.image.resize((320, 320)).save(tmp_path / "mine.png")
+    wait_for(
+        lambda: page.find("#picture button[aria-label*='emove']").click() or True, "the button that takes it away"
+    )
+    upload = wait_for(lambda: page.find("#picture input[type=file]"), "the upload")
+    upload.send_keys(str(tmp_path / "mine.png"))
+    wait_for(lambda: not page.own_questions(), "the picture")
+    wait_for(lambda: page.find("#picture img"), "the picture")
+    assert page.ask(scene.questions[0].text)[0] == scene.questions[0].answer
+    assert "own answer" not in page.text("#note")
+
+
+def test_what_it_cannot_read_is_said(page):
+    box = page.find("#question textarea, #question input")
+    box.send_keys("<world>What is this?")
+    page.click("Ask")
+    said = wait_for(lambda: page.find(".toast-body").text, "a message")
+    assert "one `<world>` for each of its images: the prompts have [2], the images are [1]" in said
+    assert not page.answers("#with")
+
+
+def test_large_uploads_are_refused(address):
+    body = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n' + bytes(6_000_000)
+    request = urllib.request.Request(
+        f"{address}/gradio_api/upload",
+        data=body + b"\r\n--b--\r\n",
+        headers={"Content-Type": "multipart/form-data; boundary=b"},
+    )
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=60)
+    assert refused.value.code == 413
