@@ -27,8 +27,8 @@ from torch import nn
 from torch.nn import functional as F
 
 
-# Measured on 2 cores by benchmarks/encoder.py. One thread does as well with half or twice as many; two threads meet after
-# every operation, so the fewer and larger, the better, until 36 points of them are more than the caches hold.
+# Measured on 2 cores by benchmarks/encoder.py. One thread does as well with half or twice as many. Two threads meet after
+# every operation: the fewer and larger those are, the better, until the points are more than the caches hold.
 TILES_A_BAND = 256
 ROWS_A_BAND = 64
 # For fewer of either, transforming costs more than it saves.

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoProcessor, Gemma2Config
+from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, Gemma2Config
 
 from theworld.convert_weights import Source, convert
 
@@ -76,12 +76,16 @@ def measure_files() -> Iterator[Row]:
         def load() -> None:
             touch(AutoModel.from_pretrained(converted, trust_remote_code=True).parameters())
 
+        def load_gemma() -> None:
+            touch(AutoModelForCausalLM.from_pretrained(folder / "gemma").parameters())
+
         def read() -> None:
             for file in shards:
                 touch(load_file(file).values())
 
         note = f"{size:,.0f} MB, every number read once"
         yield Row("from_pretrained", "safetensors into tensors", *in_turns(load, read), goal=1.15, note=note)
+        yield Row("from_pretrained", "Gemma 2 2B alone, by transformers", *in_turns(load, load_gemma), note=note)
         peak = float(run_fresh(LOADING_PEAK.format(folder=str(converted))))
         yield Row("peak memory of from_pretrained", "bytes of the weights", [peak], [size], "MB", goal=1.1)
 
