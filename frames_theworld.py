@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn import functional as F
 
 
-# Measured on 2 cores by benchmarks/encoder.py. One thread does as well with half or twice as many. Two threads meet after
+# Measured on 2 cores by benchmarks/encoder.py. One thread does as well with half or twice as many. Two meet after
 # every operation: the fewer and larger those are, the better, until the points are more than the caches hold.
 TILES_A_BAND = 256
 ROWS_A_BAND = 64
