@@ -182,6 +182,9 @@ class TheWorldPreTrainedModel(PreTrainedModel):
 class TheWorldModel(TheWorldPreTrainedModel):
     """The Wan encoder, the projection and Gemma, without the language-model head."""
 
+    # What FSDP gathers and frees together; the rest is gathered once a step. (For tensors, Gemma brings its own plan.)
+    _fsdp_plan = {"world_encoder": "free_full_weight", "language_model.layers.*": "free_full_weight"}
+
     def __init__(self, config: TheWorldConfig):
         super().__init__(config)
         self.world_encoder = TheWorldEncoder(config.world_config)
@@ -345,6 +348,8 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
         super().__init__(config)
         self.model = TheWorldModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        # One frame never reaches these. DistributedDataParallel would wait for their gradients.
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_parameters() if ".time_conv." in name]
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
