@@ -82,13 +82,12 @@ def fingerprint(folder: Path) -> str:
     """
     config = json.loads((folder / "config.json").read_text())
     encoder = config["world_config"]
+    image_processor = json.loads((folder / "processor_config.json").read_text())["image_processor"]
     reading = {
         "normalize_latents": config["normalize_latents"],
-        "latents_mean": encoder["latents_mean"],
-        "latents_std": encoder["latents_std"],
-        "image_processor": json.loads((folder / "processor_config.json").read_text())["image_processor"],
+        **{name: encoder[name] for name in ("latents_mean", "latents_std")},
+        **{name: image_processor[name] for name in ("size", "resample", "rescale_factor", "image_mean", "image_std")},
     }
-    reading["image_processor"].pop("auto_map", None)
     digest = hashlib.sha256(json.dumps(reading, sort_keys=True).encode())
     for name, tensor in sorted(encoder_tensors(folder)):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -137,7 +136,7 @@ def encode(model: PreTrainedModel, processor: ProcessorMixin, images: list) -> t
         pixel_values = processor.image_processor(some, return_tensors="pt").pixel_values
         with torch.no_grad():
             batches.append(model.get_world_latents(pixel_values.to(model.device)).float().cpu())
-    return torch.cat(batches)
+    return torch.cat(batches) if batches else torch.empty(0)
 
 
 def precompute(model: str, dataset: str, split: str, output: Path, rows_a_shard: int, dtype: str) -> None:
