@@ -122,7 +122,9 @@ def load_latents(folder: Path, model: str) -> Dataset:
     dataset = concatenate_datasets([load_from_disk(folder / shard) for shard in manifest.shards])
 
     def shaped(rows: dict[str, list]) -> dict[str, list]:
-        latents = [np.asarray(flat, dtype=manifest.dtype).reshape(-1, *manifest.shape) for flat in rows["world_latents"]]
+        latents = [
+            np.asarray(flat, dtype=manifest.dtype).reshape(-1, *manifest.shape) for flat in rows["world_latents"]
+        ]
         return {"messages": rows["messages"], "world_latents": [torch.from_numpy(of_row) for of_row in latents]}
 
     return dataset.with_transform(shaped)

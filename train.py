@@ -26,7 +26,7 @@ from transformers import AutoModel, AutoProcessor, PreTrainedModel
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 from conversations import ConversationCollator, load_conversations
-from precompute_latents import ENCODER, checkpoint_folder, encoder_tensors, is_latents, load_latents
+from precompute_latents import checkpoint_folder, encoder_tensors, is_latents, load_latents
 
 
 GEMMA_MATRICES = r".*\.language_model\.layers\..*_proj"

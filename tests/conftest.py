@@ -18,7 +18,6 @@ os.environ |= {
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from tiny_sources import TEXT_CONFIGS, make_gemma, make_pipeline  # noqa: E402
 from transformers import AutoModel, AutoProcessor  # noqa: E402
