@@ -1,5 +1,5 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
-"""Conversations about images to train on: loading and checking them, and making batches whose labels are the answers."""
+"""Conversations about images to train on: loaded and checked, and made into batches whose labels are the answers."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

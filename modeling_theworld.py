@@ -352,6 +352,12 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_parameters() if ".time_conv." in name]
         self.post_init()
 
+    @classmethod
+    def maybe_distribute_model(cls, model: PreTrainedModel, *args, **kwargs) -> PreTrainedModel:
+        """As transformers' own, with the head tied before, so that FSDP shards the one weight once and not twice."""
+        model.tie_weights()
+        return super().maybe_distribute_model(model, *args, **kwargs)
+
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 

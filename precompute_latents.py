@@ -5,8 +5,8 @@ Encodes a dataset's images once, for training whose encoder stays as it is.
     python precompute_latents.py --model MODEL --dataset DATASET --output FOLDER
     python train.py --model MODEL --dataset FOLDER ...
 
-A folder of latents holds a manifest and Arrow shards, each with the conversations of some rows and the latents of their
-images. A run that was interrupted goes on after its last shard.
+A folder of latents holds a manifest, and Arrow shards with the conversations of some rows and their images' latents. A
+run that was interrupted goes on after its last shard.
 """
 
 import argparse

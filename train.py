@@ -7,10 +7,11 @@ Fine-tunes a TheWorld checkpoint by TRL's SFTTrainer.
     torchrun --nproc-per-node 2 train.py --fsdp_size 2 ...      each has a share of every weight
     torchrun --nproc-per-node 2 train.py --tp_size 2 ...        each has a share of every layer's work
 
-Besides the options of `Arguments` below it takes all of TRL's SFTConfig, on the command line or by `--config FILE.yaml`.
+Besides the options of `Arguments` below it takes those of TRL's SFTConfig, all of them also by `--config FILE.yaml`.
 """
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -22,7 +23,7 @@ from peft import LoraConfig, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModel, AutoProcessor, PreTrainedModel
+from transformers import AutoModel, AutoProcessor, PreTrainedModel, TrainerCallback
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 from conversations import ConversationCollator, load_conversations
@@ -153,7 +154,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Arguments, SFTC
     return args, config
 
 
-def main(arguments: list[str] | None = None) -> Trainer:
+def main(arguments: list[str] | None = None, callbacks: Sequence[TrainerCallback] = ()) -> Trainer:
     args, config = parse_arguments(arguments)
     train_dataset, eval_dataset = load_data(args)
     model = load_model(args)
@@ -167,6 +168,7 @@ def main(arguments: list[str] | None = None) -> Trainer:
         eval_dataset=eval_dataset,
         data_collator=ConversationCollator(processor, config.max_length),
         processing_class=processor,
+        callbacks=list(callbacks),
     )
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_model()

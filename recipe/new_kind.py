@@ -31,7 +31,7 @@ from .train import RESULTS, ROOT
 FOLDER = ROOT / "build" / "new-kind"
 KIND = "smallest"
 CHANCE = 1 / len(COLOURS)
-OLD_QUESTIONS = 2  # of the known kinds in a conversation
+OLD_QUESTIONS = 3  # of the known kinds in a conversation
 
 
 def ask_smallest(scene: Scene) -> Question | None:
@@ -112,7 +112,7 @@ def share(model: PeftModel, cases: list[Case]) -> dict:
 
 
 def main(
-    folder: Path = FOLDER, scenes: int = 8000, epochs: int = 3, tested: int = 500, per_old_kind: int = 100
+    folder: Path = FOLDER, scenes: int = 4000, epochs: int = 2, tested: int = 500, per_old_kind: int = 100
 ) -> dict:
     """Makes the data, trains and evaluates; returns what `results/new_kind.json` holds."""
     shutil.rmtree(folder, ignore_errors=True)

@@ -23,6 +23,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 import precompute_latents
 from conversations import ConversationCollator, load_conversations
 from precompute_latents import load_latents
+from recipe.evaluate import SceneEvaluation
 from recipe.scenes import draw_scene
 from theworld import TheWorldForConditionalGeneration, TheWorldProcessor
 
@@ -426,16 +427,16 @@ def test_folders_and_parquet_load_too(dataset, tmp_path):
         assert each[3]["images"][0].tobytes() == rows[3]["images"][0].tobytes()
 
 
-def test_a_split_to_evaluate_on_is_evaluated(dataset, tmp_path):
+def test_a_split_to_evaluate_on_is_evaluated_and_scenes_too(dataset, tmp_path):
     folder = tmp_path / "data"
     rows = load_conversations(str(dataset), "train")
     folder.mkdir()
     rows.to_parquet(folder / "train-00000.parquet")
     rows.select(range(4)).to_parquet(folder / "validation-00000.parquet")
-    run = run_train(
-        dataset=folder, eval_split="validation", eval_strategy="steps", eval_steps=3, output_dir=tmp_path / "run"
-    )
-    assert [entry["step"] for entry in run.state.log_history if "eval_loss" in entry] == [3]
+    options = {"eval_split": "validation", "eval_strategy": "steps", "eval_steps": 2, "max_steps": 2}
+    run = run_train([SceneEvaluation(per_kind=5)], dataset=folder, output_dir=tmp_path / "run", **options)
+    logged = {name: value for entry in run.state.log_history for name, value in entry.items() if "eval" in name}
+    assert logged["eval_loss"] > 0 and 0.8 < logged["eval_scenes"] <= 1
 
 
 class FillDisk(TrainerCallback):
@@ -445,17 +446,15 @@ class FillDisk(TrainerCallback):
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
 
 
-def test_a_full_disk_leaves_the_last_good_checkpoint(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr("transformers.trainer.DEFAULT_CALLBACKS", [*transformers.trainer.DEFAULT_CALLBACKS, FillDisk])
+def test_a_full_disk_leaves_the_last_good_checkpoint(dataset, tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     options = {"dataset": dataset, "train": "lora", "output_dir": tmp_path, "save_strategy": "steps", "save_steps": 1}
     try:
         with pytest.raises(OSError, match="checkpoint-2 could not be written .* there is checkpoint-1"):
-            run_train(**options, save_total_limit=1)
+            run_train([FillDisk()], **options, save_total_limit=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
-    monkeypatch.undo()
     resumed = run_train(**{**options, "save_strategy": "no"}, resume_from_checkpoint=tmp_path / "checkpoint-1")
     assert resumed.state.global_step == 3
 

@@ -3,10 +3,12 @@
 import contextlib
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
-from recipe.new_kind import ask_smallest
-from recipe.scenes import draw_scene
+from transformers import TrainerCallback
+
+from recipe.new_kind import scenes_with_a_smallest
 from train import Trainer, main
 
 
@@ -16,13 +18,11 @@ ROOT = Path(__file__).parent.parent
 def write_conversations(folder: Path, number: int = 16) -> Path:
     """A JSONL file of conversations of two turns, the first a question that the bundled model does not know."""
     (folder / "images").mkdir(parents=True)
-    scenes = {seed: scene for seed in range(5 * number) if ask_smallest(scene := draw_scene(seed))}
     with (folder / "train.jsonl").open("w") as file:
-        for seed, scene in list(scenes.items())[:number]:
+        for seed, scene, unknown in scenes_with_a_smallest("train", number):
             scene.image.save(folder / "images" / f"{seed}.png")
-            questions = [ask_smallest(scene), scene.questions[0]]
             messages = []
-            for question in questions:
+            for question in (unknown, scene.questions[0]):
                 messages += [
                     {"role": "user", "content": question.text},
                     {"role": "assistant", "content": question.answer},
@@ -46,10 +46,10 @@ def options_of(**options) -> list[str]:
     return [word for name, value in {**defaults, **options}.items() for word in (f"--{name}", str(value))]
 
 
-def run_train(**options) -> Trainer:
+def run_train(callbacks: Sequence[TrainerCallback] = (), **options) -> Trainer:
     """train.py's main, in this process."""
     with contextlib.redirect_stdout(io.StringIO()):
-        return main(options_of(**options))
+        return main(options_of(**options), callbacks)
 
 
 def losses_of(history: list[dict]) -> list[float]:
