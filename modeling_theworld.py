@@ -353,10 +353,11 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
         self.post_init()
 
     @classmethod
-    def maybe_distribute_model(cls, model: PreTrainedModel, *args, **kwargs) -> PreTrainedModel:
-        """As transformers' own, with the head tied before, so that FSDP shards the one weight once and not twice."""
-        model.tie_weights()
-        return super().maybe_distribute_model(model, *args, **kwargs)
+    def maybe_distribute_model(cls, model: PreTrainedModel, distributed_config, *args) -> PreTrainedModel:
+        """As transformers' own, with the head tied before FSDP, which would shard the one weight twice otherwise."""
+        if distributed_config is not None and distributed_config.fsdp_size > 1:
+            model.tie_weights()
+        return super().maybe_distribute_model(model, distributed_config, *args)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
