@@ -20,7 +20,7 @@ from recipe.new_kind import write_conversations
 
 
 ROOT = Path(__file__).parents[1]
-TURNS = 5
+TURNS = 3
 STEPS = 20
 
 

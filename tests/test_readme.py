@@ -70,6 +70,8 @@ def test_the_shell_commands_exist(user_folder):
             ):  # test_distributed.py runs these
                 arguments, _ = train.parse_arguments(words[words.index("train.py") + 1 :])
                 assert arguments.model == "my-theworld"
+            case ["trl", "sft", *_]:
+                pass  # test_training.py runs it
             case ["python", "demo.py", *_]:
                 arguments = re.findall(r'"([^"]*)"|(\S+)', command)[2:]
                 run_demo(*(quoted or plain for quoted, plain in arguments))

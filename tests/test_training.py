@@ -462,6 +462,12 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(dataset, tmp_path):
 # Without any of our scripts.
 
 
+def test_trls_collator_trains_on_completions_alone(processor, rows):
+    row = {"prompt": rows[1]["messages"][:-1], "completion": rows[1]["messages"][-1:], "images": rows[1]["images"]}
+    (labels,) = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)([row])["labels"]
+    assert processor.decode(labels[labels != -100]) == "no<end_of_turn>\n"
+
+
 @pytest.mark.parametrize("form", ["messages", "prompt and completion"])
 def test_trls_own_command_line_trains_the_bundled_model(form, dataset, tmp_path):
     """On transformers 5.17 TRL masks prompts of the second form alone."""
@@ -496,7 +502,10 @@ def test_trls_own_command_line_trains_the_bundled_model(form, dataset, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     state = json.loads((tmp_path / "run" / "checkpoint-3" / "trainer_state.json").read_text())
     losses = losses_of(state["log_history"])
-    assert len(losses) == 3 and losses[0] < 3  # the bundled model's on answers alone; on its prompts it is above 10
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    if form == "messages":
+        ours = run_train(dataset=dataset, train="all", output_dir=tmp_path / "ours")
+        assert losses == pytest.approx(losses_of(ours.state.log_history), abs=1e-2)
     run_fresh("-c", LOADS, tmp_path / "run", cache=tmp_path / "cache")
 
 
