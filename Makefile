@@ -2,7 +2,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-oldest test-real-size train evaluate new-kind benchmark benchmark-training clean
+.PHONY: demo test test-oldest test-real-size train evaluate new-kind harness benchmark benchmark-training clean
 
 demo: $(VENV)/.installed
 	$(PYTHON) demo.py assets/scene.png "What shape is the blue object?" "How many circles are there?" "Where is the yellow star from the blue star?" --save demo.png
@@ -29,6 +29,16 @@ evaluate: $(VENV)/.installed
 # LoRA teaches the bundled model a kind of question that it was not trained on: ten minutes.
 new-kind: $(VENV)/.installed
 	$(PYTHON) -m recipe.new_kind
+
+# Held-out scenes by lm-eval, in an environment of its own.
+harness: .venv-harness/.installed
+	.venv-harness/bin/python -m recipe.harness
+	.venv-harness/bin/lm_eval --model hf-multimodal --model_args pretrained=.,trust_remote_code=True --include_path recipe --tasks theworld_scenes --apply_chat_template --batch_size 20 --device cpu
+
+.venv-harness/.installed: constraints.txt pyproject.toml
+	python3 -m venv .venv-harness
+	.venv-harness/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[train,recipe]" lm-eval==0.4.13
+	touch $@
 
 # Speed and memory against diffusers and Gemma alone: a quarter of an hour on 2 cores with nothing else on them.
 benchmark: $(VENV)/.installed
