@@ -3,9 +3,10 @@ PYTHON := $(VENV)/bin/python
 OLDEST := .venv-oldest
 VLLM := .venv-vllm
 WEB := .venv-web
-EXTRAS := test
+HARNESS := .venv-harness
+EXTRAS := test,train
 
-.PHONY: demo test test-oldest test-vllm test-quantized test-web test-real-size train evaluate benchmark clean
+.PHONY: demo test test-oldest test-vllm test-quantized test-web test-real-size train evaluate new-kind harness benchmark benchmark-training clean
 
 demo: $(VENV)/.installed
 	$(PYTHON) demo.py assets/scene.png "What shape is the blue object?" "How many circles are there?" "Where is the yellow star from the blue star?" --save demo.png
@@ -45,14 +46,29 @@ train: $(VENV)/.installed
 evaluate: $(VENV)/.installed
 	$(PYTHON) -m recipe.evaluate
 
+# LoRA teaches the bundled model a kind of question that it was not trained on: ten minutes.
+new-kind: $(VENV)/.installed
+	$(PYTHON) -m recipe.new_kind
+
+# Held-out scenes by lm-eval, in an environment of its own.
+harness: $(HARNESS)/.installed
+	$(HARNESS)/bin/python -m recipe.harness
+	$(HARNESS)/bin/lm_eval --model hf-multimodal --model_args pretrained=.,trust_remote_code=True --include_path recipe --tasks theworld_scenes --apply_chat_template --batch_size 20 --device cpu
+
 # Speed and memory against diffusers and Gemma alone: a quarter of an hour on 2 cores with nothing else on them.
 benchmark: $(VENV)/.installed
 	$(PYTHON) -m benchmarks
+
+# Training from latents against training from pixels: two minutes.
+benchmark-training: $(VENV)/.installed
+	$(PYTHON) -m benchmarks.training
 
 $(VENV)/.installed: constraints.txt pyproject.toml
 $(OLDEST)/.installed: constraints-oldest.txt pyproject.toml
 $(WEB)/.installed: constraints-web.txt pyproject.toml
 $(WEB)/.installed: EXTRAS := test,test-web,web,quantized
+$(HARNESS)/.installed: constraints.txt pyproject.toml
+$(HARNESS)/.installed: EXTRAS := recipe,harness
 %/.installed:
 	python3 -m venv $*
 	$*/bin/python -m pip install --quiet --constraint $(filter constraints%,$^) --editable ".[$(EXTRAS)]"
@@ -74,4 +90,4 @@ build/suite/transformers_tests: $(VENV)/.installed
 	tar --extract --gzip --file build/sdist/transformers-*.tar.gz --directory $@ --strip-components 2 --wildcards "transformers-*/tests/*.py"
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(VLLM) $(WEB) build *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(VLLM) $(WEB) $(HARNESS) build *.egg-info

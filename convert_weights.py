@@ -257,6 +257,7 @@ def build_processor(config: TheWorldConfig, tokenizer: PreTrainedTokenizerBase, 
         chat_template=(HERE / "chat_template.jinja").read_text(),
         patch_size=config.patch_size,
         image_seq_length=config.world_config.z_dim if config.token_layout == "channel" else None,
+        compression_ratio=config.world_config.spatial_compression_ratio,
     )
 
 

@@ -70,30 +70,27 @@ def encode(model: PreTrainedModel, processor: ProcessorMixin, image: Image.Image
 def ask(
     model: PreTrainedModel,
     processor: ProcessorMixin,
-    image: Image.Image,
     latents: torch.Tensor,
     question: str,
     max_new_tokens: int,
 ) -> tuple[str, BatchFeature]:
-    """Answers a question about an image; prints the prompt, the counts, the answer and the times."""
+    """Answers a question about an image by its latents; prints the prompt, the counts, the answer and the times."""
     times = StageTimes()
     with times.stage("process the question"):
-        content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+        content = [{"type": "image"}, {"type": "text", "text": question}]
         inputs = processor.apply_chat_template(
             [{"role": "user", "content": content}],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
+            processor_kwargs={"world_latents": latents},
         )
-    del inputs["pixel_values"]  # they are encoded already
     prompt = inputs["input_ids"][0]
 
     clock = TokenClock()
     with times.stage("read the prompt and answer"):
-        output = model.generate(
-            **inputs, world_latents=latents, max_new_tokens=max_new_tokens, do_sample=False, streamer=clock
-        )
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=clock)
     tokens = output[0, len(prompt) :]
     prompt_time, first, last = clock.times[0], clock.times[1], clock.times[-1]
     times["  the prompt and the first token"] = first - prompt_time
@@ -158,7 +155,7 @@ def main() -> int:
     answers = []
     for question in questions:
         print()
-        answer, inputs = ask(model, processor, image, latents, question.text, args.max_new_tokens)
+        answer, inputs = ask(model, processor, latents, question.text, args.max_new_tokens)
         if question.answer:
             print(f"Expected  {question.answer}")
             answer += "  (right)" if answer == question.answer else f"  (wrong: it is {question.answer})"

@@ -177,8 +177,14 @@ class FrameConv(WanCausalConv3d):
 class FrameResidualBlock(WanResidualBlock):
     """`WanResidualBlock` for a single frame [B, C, 1, H, W]."""
 
+    # transformers' `gradient_checkpointing_enable` sets it, and `_gradient_checkpointing_func` beside it. diffusers'
+    # own encoder has such a flag and never reads it.
+    gradient_checkpointing = False
+
     def forward(self, x: torch.Tensor, feat_cache: None = None, feat_idx: list[int] | None = None) -> torch.Tensor:
         if not self.pays_in_bands(x):
+            if self.gradient_checkpointing and self.training:
+                return self._gradient_checkpointing_func(super().forward, x)
             return super().forward(x)
         frames, shortcut = (each.squeeze(2).permute(0, 2, 3, 1) for each in (x, self.conv_shortcut(x)))
         h = frames.new_empty(*frames.shape[:3], self.out_dim)

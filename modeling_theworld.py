@@ -185,6 +185,9 @@ class TheWorldPreTrainedModel(PreTrainedModel):
 class TheWorldModel(TheWorldPreTrainedModel):
     """The Wan encoder, the projection and Gemma, without the language-model head."""
 
+    # What FSDP gathers and frees together; the rest is gathered once a step. (For tensors, Gemma brings its own plan.)
+    _fsdp_plan = {"world_encoder": "free_full_weight", "language_model.layers.*": "free_full_weight"}
+
     def __init__(self, config: TheWorldConfig):
         super().__init__(config)
         self.world_encoder = TheWorldEncoder(config.world_config)
@@ -348,6 +351,8 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
         super().__init__(config)
         self.model = TheWorldModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        # One frame never reaches these. DistributedDataParallel would wait for their gradients.
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_parameters() if ".time_conv." in name]
         self.post_init()
 
     @classmethod
@@ -361,6 +366,13 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
         if kwargs.get("attn_implementation", config.text_config._attn_implementation) in ENGINE_ATTENTION:
             return TheWorldModel._from_config(config, **kwargs)
         return super()._from_config(config, **kwargs)
+
+    @classmethod
+    def maybe_distribute_model(cls, model: PreTrainedModel, distributed_config, *args) -> PreTrainedModel:
+        """As transformers' own, with the head tied before FSDP, which would shard the one weight twice otherwise."""
+        if distributed_config is not None and distributed_config.fsdp_size > 1:
+            model.tie_weights()
+        return super().maybe_distribute_model(model, distributed_config, *args)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head

@@ -1,9 +1,21 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
 """Text and images to TheWorld's inputs: one `<world>` in a prompt becomes the places of an image's world tokens."""
 
-from transformers import ProcessorMixin, SiglipImageProcessorPil
+import torch
+from transformers import BatchFeature, ProcessorMixin, SiglipImageProcessorPil
 from transformers.image_utils import ImageInput, make_flat_list_of_images
-from transformers.processing_utils import MultiModalData
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs
+
+
+class TheWorldImagesKwargs(ImagesKwargs, total=False):
+    """The image processor's, and whether the images are latents already."""
+
+    encoded: bool
+
+
+class TheWorldProcessorKwargs(ProcessingKwargs, total=False):
+    images_kwargs: TheWorldImagesKwargs
+    _defaults = {}  # transformers 5.17 reads it
 
 
 def grouped_by_prompt(images: ImageInput | None) -> bool:
@@ -36,18 +48,27 @@ class TheWorldProcessor(ProcessorMixin):
         patch_size: Pixels a side of the square that one world token stands for; `TheWorldConfig.patch_size`.
         image_seq_length: World tokens an image for `token_layout="channel"`, where their number and the image's size
             are fixed; None where they follow from the size.
+        compression_ratio: Pixels a side of the square that one latent position stands for;
+            `TheWorldEncoderConfig.spatial_compression_ratio`.
 
     Raises:
         ValueError: If the tokenizer lacks one of the three tokens.
     """
 
+    valid_processor_kwargs = TheWorldProcessorKwargs
     image_token = "<world>"
     start_of_world_token = "<start_of_world>"
     end_of_world_token = "<end_of_world>"
     world_tokens = (image_token, start_of_world_token, end_of_world_token)
 
     def __init__(
-        self, image_processor, tokenizer, chat_template=None, patch_size: int = 8, image_seq_length: int | None = None
+        self,
+        image_processor,
+        tokenizer,
+        chat_template=None,
+        patch_size: int = 8,
+        image_seq_length: int | None = None,
+        compression_ratio: int = 8,
     ):
         if image_processor.backend != "pil":
             image_processor = SiglipImageProcessorPil(**image_processor.to_dict())
@@ -59,8 +80,41 @@ class TheWorldProcessor(ProcessorMixin):
             )
         self.patch_size = patch_size
         self.image_seq_length = image_seq_length
+        self.compression_ratio = compression_ratio
         self.image_token_id = vocabulary[self.image_token]
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: str | list[str] | None = None,
+        *,
+        world_latents: torch.Tensor | list | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        """
+        Text and images to the model's inputs.
+
+        Args:
+            images: An image, a list of the images of all prompts, or a list of images for each prompt.
+            text: A prompt or several, with one `<world>` for each image.
+            world_latents: In place of `images`: latents of images, as the model's `get_world_latents` returns them,
+                [B, z, h, w]; or a list of [z, h, w], or a list of those for each prompt.
+            kwargs: The tokenizer's and the image processor's.
+
+        Returns:
+            `input_ids`, `attention_mask`, and `pixel_values` or `world_latents`.
+
+        Raises:
+            ValueError: If images and `<world>` differ in number, or images come twice.
+        """
+        if world_latents is None:
+            return super().__call__(images=images, text=text, **kwargs)
+        if images is not None:
+            raise ValueError("Give the images once: as `images` or as `world_latents`.")
+        images_kwargs = {**kwargs.pop("images_kwargs", {}), "encoded": True}
+        images = list(world_latents) if isinstance(world_latents, torch.Tensor) else world_latents
+        return super().__call__(images=images, text=text, images_kwargs=images_kwargs, **kwargs)
 
     def validate_inputs(self, images: ImageInput | None = None, text: list[str] | None = None, **kwargs):
         """Checks that every prompt has one `<world>` for each of its images; raises a `ValueError` where not."""
@@ -83,11 +137,25 @@ class TheWorldProcessor(ProcessorMixin):
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """The text that stands for one image: its world tokens' places between the start and end tokens."""
-        num_tokens = self._num_world_tokens(*image_inputs["pixel_values"][image_idx].shape[-2:])
+        if "pixel_values" in image_inputs:
+            height, width = image_inputs["pixel_values"][image_idx].shape[-2:]
+        else:
+            height, width = (self.compression_ratio * side for side in image_inputs["world_latents"].shape[-2:])
+        num_tokens = self._num_world_tokens(height, width)
         return self.start_of_world_token + self.image_token * num_tokens + self.end_of_world_token
 
-    def _process_images(self, images: ImageInput, **kwargs) -> tuple[dict, list[str]]:
+    def _process_images(self, images: ImageInput, encoded: bool = False, **kwargs) -> tuple[dict, list[str]]:
+        """The model's inputs for images, or for latents if they are `encoded`, and the text that stands for each."""
         images = flatten_images(images)
+        if encoded and images:
+            shapes = {tuple(latents.shape) for latents in images}
+            if len(shapes) > 1 or len(shapes.pop()) != 3:
+                raise ValueError(
+                    f"`world_latents` must be [z, h, w] for each image, all of one size, got "
+                    f"{[list(latents.shape) for latents in images]}."
+                )
+            inputs = {"world_latents": torch.stack(images)}
+            return inputs, [self.replace_image_token(inputs, number) for number in range(len(images))]
         return super()._process_images(images, **kwargs) if images else ({}, [])
 
     def _num_world_tokens(self, height: int, width: int) -> int:

@@ -19,7 +19,14 @@ import matplotlib.pyplot as plt
 import torch
 from PIL import Image
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from theworld import TheWorldForConditionalGeneration, TheWorldProcessor
@@ -118,6 +125,36 @@ def score(cases: list[Case], answers: list[str]) -> dict[str, dict]:
         }
         for name, group in groups.items()
     }
+
+
+class SceneEvaluation(TrainerCallback):
+    """
+    Whenever a Trainer evaluates, scores its model on held-out scenes: `eval_scenes`, the share of right answers.
+
+    It may be the `metric_for_best_model`.
+
+    Args:
+        per_kind: Questions of each kind.
+    """
+
+    def __init__(self, per_kind: int = 20):
+        self.cases = held_out_cases(per_kind)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float],
+        model: PreTrainedModel,
+        processing_class: TheWorldProcessor,
+        **kwargs,
+    ) -> None:
+        training = model.training
+        answers = answer(model.eval(), processing_class, self.cases, CONDITIONS["world tokens"])
+        model.train(training)
+        metrics["eval_scenes"] = score(self.cases, answers)["overall"]["share"]
+        state.log_history.append({"step": state.global_step, "eval_scenes": metrics["eval_scenes"]})
 
 
 def shared_fingerprints(num_training_scenes: int, num_test_scenes: int) -> int:

@@ -177,7 +177,7 @@ def test_the_chat_template_marks_what_the_assistant_says(processor, photo):
         conversation({"image": photo}), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
     mask = torch.tensor(inputs["assistant_masks"][0]).bool()
-    assert processor.decode(torch.tensor(inputs["input_ids"][0])[mask]) == "an officer<end_of_turn>\n"
+    assert processor.decode(torch.tensor(inputs["input_ids"][0])[mask]) == "an officer<end_of_turn>"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from huggingface_hub import ModelCard
@@ -12,6 +13,8 @@ from test_vllm import COMMAND as VLLM_COMMAND
 from transformers import AutoConfig, Gemma2Config
 
 import convert_weights
+import precompute_latents
+import train
 from benchmarks.__main__ import as_table
 
 
@@ -69,6 +72,17 @@ def test_the_shell_commands_exist(user_folder):
                 assert command == VLLM_COMMAND
             case ["python", "app.py"]:
                 assert '"app.py"' in (ROOT / "tests" / "test_web.py").read_text()  # which runs it
+            case ["python", "precompute_latents.py", *arguments]:
+                assert precompute_latents.parse_arguments(arguments).output == Path("latents")
+            case ["python" | "accelerate" | "torchrun", *words] if (
+                "train.py" in words
+            ):  # test_distributed.py runs these
+                arguments, _ = train.parse_arguments(words[words.index("train.py") + 1 :])
+                assert arguments.model == "my-theworld"
+            case ["pip", "install", "-e", ".", "lm-eval"] | ["lm_eval", *_] | ["python", "-m", "recipe.harness"]:
+                pass  # an environment of its own: make harness
+            case ["trl", "sft", *_]:
+                pass  # test_training.py runs it
             case ["python", "demo.py", *_]:
                 arguments = re.findall(r'"([^"]*)"|(\S+)', command)[2:]
                 run_demo(*(quoted or plain for quoted, plain in arguments))
@@ -86,6 +100,26 @@ def test_the_options_are_those_of_the_converter():
     for option, default in re.findall(r"^\| `--([a-z-]+)` \| `?(\w+)`? \|", table, flags=re.MULTILINE):
         value = getattr(arguments, option.replace("-", "_"))
         assert str(value) == default or (default == "off" and value is False), option
+
+
+def test_the_parts_are_those_of_the_training_script():
+    table = README.split("| `--train` |")[1].split("\n\n")[0]
+    assert tuple(re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE)) == get_args(
+        train.Arguments.__annotations__["train"]
+    )
+
+
+def test_the_training_numbers_are_those_of_a_run():
+    training = json.loads((ROOT / "results" / "training.json").read_text())
+    for parts in ("projection", "language"):
+        ratio = training[parts]
+        assert f"{ratio['ratio']} times ({ratio['least']} to {ratio['greatest']})" in README
+    learnt = json.loads((ROOT / "results" / "new_kind.json").read_text())
+    before, after = learnt["before"], learnt["after"]
+    assert learnt["question"] in README and learnt["adapter bytes"] < 1e6
+    assert f"{before['new']['share']:.1%} to {after['new']['share']:.1%}".replace("%", " %") in README
+    assert f"{before['old']['share']:.1%} and is at {after['old']['share']:.1%}".replace("%", " %") in README
+    assert after["new"]["share"] >= 0.9 and after["old"]["share"] >= before["old"]["share"] - 0.02
 
 
 def test_the_files_are_there():

@@ -1,0 +1,25 @@
+"""train.py, which afterwards writes `report-RANK.json`: its losses, and what share of each parameter it holds."""
+
+import json
+import os
+from pathlib import Path
+
+from torch.distributed.tensor import DTensor
+
+from train import main
+
+
+trainer = main()
+held = {
+    name: parameter.to_local().numel() / parameter.numel()
+    for name, parameter in trainer.model.named_parameters()
+    if isinstance(parameter, DTensor)
+}
+report = {
+    "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+    "wrapper": type(trainer.model_wrapped).__name__,
+    "held": held,
+    "parameters": [name for name, _ in trainer.model.named_parameters()],
+}
+file = Path(trainer.args.output_dir) / f"report-{os.environ.get('RANK', 0)}.json"
+file.write_text(json.dumps(report))

@@ -1,0 +1,521 @@
+"""Pins train.py and what it stands on: what is trained, on which text, what a save holds, and what is refused."""
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from datasets import Dataset
+from packaging import version
+from peft import PeftModel
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_user_route import run_fresh
+from training import losses_of, run_train, write_conversations
+from transformers import AutoModel, TrainerCallback, TrainingArguments
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+import precompute_latents
+from conversations import ConversationCollator, load_conversations
+from precompute_latents import load_latents
+from recipe.evaluate import SceneEvaluation
+from recipe.scenes import draw_scene
+from theworld import TheWorldForConditionalGeneration, TheWorldProcessor
+
+
+ROOT = Path(__file__).parent.parent
+BUNDLED = load_file(ROOT / "model.safetensors")
+EXACT = {"atol": 1e-6, "rtol": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return TheWorldProcessor.from_pretrained(ROOT)
+
+
+@pytest.fixture
+def model():
+    return TheWorldForConditionalGeneration.from_pretrained(ROOT)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    return write_conversations(tmp_path_factory.mktemp("dataset"))
+
+
+def precompute(dataset: Path, output: Path, *options: str, model: Path = ROOT) -> int:
+    arguments = ["--model", str(model), "--dataset", str(dataset), "--output", str(output), "--dtype", "float32"]
+    return precompute_latents.main([*arguments, "--rows-a-shard", "6", *options])
+
+
+@pytest.fixture(scope="module")
+def latents(dataset, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("latents") / "train"
+    assert precompute(dataset, folder) == 0
+    return folder
+
+
+def turn(role: str, *parts: str | Image.Image) -> dict:
+    content = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts]
+    return {"role": role, "content": content}
+
+
+@pytest.fixture
+def rows() -> list[dict]:
+    """Two images in two turns of three; one image; none."""
+    one, other = (draw_scene(seed).image for seed in (1, 2))
+    return [
+        {
+            "messages": [
+                turn("user", one, "What shape is this?"),
+                turn("assistant", "a star"),
+                turn("user", "Sure?"),
+                turn("assistant", "yes"),
+                turn("user", "And this?", other),
+                turn("assistant", "a circle"),
+            ],
+            "images": [one, other],
+        },
+        {
+            "messages": [turn("system", "Be short."), turn("user", one, "Is it red?"), turn("assistant", "no")],
+            "images": [one],
+        },
+        {"messages": [turn("user", "How many?"), turn("assistant", "three")], "images": []},
+    ]
+
+
+# What is trained on.
+
+
+def test_only_what_the_assistant_says_is_trained_on(processor, rows):
+    batch = ConversationCollator(processor)(rows)
+    said = [processor.decode(labels[labels != -100]) for labels in batch["labels"]]
+    assert said == [
+        "a star<end_of_turn>yes<end_of_turn>a circle<end_of_turn>",
+        "no<end_of_turn>",
+        "three<end_of_turn>",
+    ]
+    counted = batch["labels"] != -100
+    assert torch.equal(batch["labels"][counted], batch["input_ids"][counted])
+    assert batch["pixel_values"].shape[0] == 3 and (batch["input_ids"] == processor.image_token_id).sum() == 3 * 64
+    assert (batch["input_ids"] == 2).sum(-1).tolist() == [1, 1, 1]  # <bos>, once
+
+
+@pytest.mark.skipif(
+    version.parse(transformers.__version__) < version.parse("5.18"), reason="TRL refuses it before transformers 5.18"
+)
+def test_trls_own_collator_makes_the_same_batch(processor, rows):
+    theirs = DataCollatorForVisionLanguageModeling(processor, assistant_only_loss=True)(rows)
+    ours = ConversationCollator(processor)(rows)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_latents_make_the_batch_of_their_pixels(processor, model, rows):
+    pixels = ConversationCollator(processor)(rows)
+    with torch.no_grad():
+        encoded = model.get_world_latents(pixels.pop("pixel_values"))
+    for row, of_row in zip(rows, encoded.split([2, 1, 0]), strict=True):
+        row["world_latents"] = of_row
+        del row["images"]
+    batch = ConversationCollator(processor)(rows)
+    assert torch.equal(batch.pop("world_latents"), encoded)
+    assert batch.keys() == pixels.keys() and all(torch.equal(batch[name], pixels[name]) for name in batch)
+
+
+def test_a_conversation_that_would_be_cut_is_refused(processor, rows):
+    longest = ConversationCollator(processor)(rows)["input_ids"].shape[1]
+    ConversationCollator(processor, max_length=longest)(rows)
+    with pytest.raises(
+        ValueError, match=f"{longest} tokens, more than max_length={longest - 1}. Cutting it would lose"
+    ):
+        ConversationCollator(processor, max_length=longest - 1)(rows)
+
+
+# What trains, and what a save holds.
+
+CHANGED = {
+    "projection": {"world_projection", "embed_tokens"},
+    "lora": {"world_projection", "embed_tokens", "layers"},
+    "language": {"world_projection", "embed_tokens", "layers", "norm"},
+    "all": {"world_projection", "embed_tokens", "layers", "norm", "world_encoder"},
+}
+
+
+def part_of(name: str) -> str:
+    return next(
+        part for part in ("world_encoder", "world_projection", "embed_tokens", "layers", "norm") if part in name
+    )
+
+
+@pytest.mark.parametrize("parts", CHANGED)
+def test_a_run_changes_its_parts_alone_and_reloads_by_the_plain_routes(parts, dataset, processor, tmp_path):
+    trained = run_train(dataset=dataset, train=parts, output_dir=tmp_path / "run")
+    folder = tmp_path / "run"
+    inputs = processor(text="<world>What is it?", images=draw_scene(9).image, return_tensors="pt")
+    with torch.no_grad():
+        logits = trained.model.eval()(**inputs).logits
+    loaded = []
+    # transformers 5.17 says that it misses parts of an adapter, and leaves them out.
+    if parts in ("language", "all") or version.parse(transformers.__version__) >= version.parse("5.23"):
+        loaded.append(AutoModel.from_pretrained(folder, trust_remote_code=True))
+    files = {path.name for path in folder.iterdir()}
+    assert {"processor_config.json", "chat_template.jinja", "processing_theworld.py", "tokenizer.json"} <= files
+    if parts in ("projection", "lora"):
+        loaded.append(PeftModel.from_pretrained(TheWorldForConditionalGeneration.from_pretrained(ROOT), folder))
+        size = (folder / "adapter_model.safetensors").stat().st_size
+        assert size < (100e3 if parts == "projection" else 1e6)
+        merged = trained.model.merge_and_unload()
+        loaded.append(merged)
+    else:
+        merged = loaded[0]
+        assert {"configuration_theworld.py", "frames_theworld.py", "modeling_theworld.py"} <= files
+        config = json.loads((folder / "config.json").read_text())
+        assert config["auto_map"] == json.loads((ROOT / "config.json").read_text())["auto_map"]
+        assert set(json.loads((folder / "generation_config.json").read_text())["eos_token_id"]) == {1, 9}
+    for each in loaded:
+        with torch.no_grad():
+            torch.testing.assert_close(each.eval()(**inputs).logits, logits, atol=1e-4, rtol=1e-4)
+
+    state = merged.state_dict()
+    changed = {name for name, tensor in BUNDLED.items() if not torch.equal(state[name], tensor)}
+    assert {part_of(name) for name in changed} == CHANGED[parts]
+    embedding = "model.language_model.embed_tokens.weight"
+    rows = (state[embedding] != BUNDLED[embedding]).any(-1).nonzero().flatten().tolist()
+    if parts in ("projection", "lora"):
+        assert rows == [6, 7]  # <start_of_world> and <end_of_world>
+    else:
+        assert len(rows) > 2
+
+
+def test_an_adapter_loads_in_a_fresh_process_with_nothing_installed(dataset, tmp_path):
+    run_train(dataset=dataset, train="lora", output_dir=tmp_path / "run")
+    code = """
+import sys
+sys.modules["theworld"] = None
+from transformers import AutoModel, AutoProcessor
+model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+print(type(model).__name__, type(processor).__name__, any("lora_A" in name for name, _ in model.named_parameters()))
+"""
+    out = run_fresh("-c", code, tmp_path / "run", cache=tmp_path / "cache")
+    assert out.split() == ["TheWorldForConditionalGeneration", "TheWorldProcessor", "True"]
+
+
+@pytest.mark.parametrize("parts", ["lora", "language"])
+def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(parts, dataset, tmp_path):
+    options = {"dataset": dataset, "train": parts, "max_steps": 4}
+    run_train(**options, output_dir=tmp_path / "whole", save_strategy="steps", save_steps=2)
+    resumed = run_train(
+        **options, output_dir=tmp_path / "resumed", resume_from_checkpoint=tmp_path / "whole" / "checkpoint-2"
+    )
+    history = json.loads((tmp_path / "whole" / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+    assert losses_of(resumed.state.log_history) == losses_of(history)
+    assert len(set(losses_of(history))) == 4
+
+
+# Batches, memory, precision.
+
+
+def test_accumulated_batches_give_the_losses_of_one_batch(dataset, tmp_path):
+    losses = []
+    for rows, steps in ((4, 1), (2, 2), (1, 4)):
+        run = run_train(
+            dataset=dataset,
+            train="language",
+            output_dir=tmp_path,
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=steps,
+        )
+        losses.append(torch.tensor(losses_of(run.state.log_history)))
+    torch.testing.assert_close(losses[1], losses[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(losses[2], losses[0], atol=1e-4, rtol=1e-4)
+
+
+def test_transformers_own_trainer_has_the_same_losses(dataset, processor, model, tmp_path):
+    ours = run_train(dataset=dataset, train="all", output_dir=tmp_path, gradient_accumulation_steps=2)
+    arguments = TrainingArguments(
+        tmp_path,
+        max_steps=3,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-3,
+        logging_steps=1,
+        save_strategy="no",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        use_cpu=True,
+        report_to="none",
+    )
+    rows = load_conversations(str(dataset), "train")
+    theirs = transformers.Trainer(model, arguments, ConversationCollator(processor), train_dataset=rows)
+    theirs.train()
+    losses = (torch.tensor(losses_of(run.state.log_history)) for run in (ours, theirs))
+    torch.testing.assert_close(*losses, atol=1e-3, rtol=1e-3)
+
+
+def kept_for_backward(model, batch: dict) -> tuple[int, dict[str, torch.Tensor]]:
+    """Bytes that a training step keeps for its backward pass, and the gradients."""
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    model.train().zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(**batch).loss
+    loss.backward()
+    return sum(kept.values()), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("part", ["encoder", "Gemma"])
+def test_gradient_checkpointing_keeps_less_and_gives_the_same_gradients(part, processor, model, rows):
+    batch = ConversationCollator(processor)(rows)
+    if part == "Gemma":
+        model.model.world_encoder.requires_grad_(False)
+    else:  # through the loss of the latents, so that Gemma's own memory is not counted
+        batch = {"pixel_values": batch["pixel_values"]}
+        model.forward = lambda pixel_values: type("Out", (), {"loss": model.get_world_latents(pixel_values).sum()})
+    kept, gradients = kept_for_backward(model, batch)
+    model.gradient_checkpointing_enable()
+    kept_now, gradients_now = kept_for_backward(model, batch)
+    assert kept_now < 0.6 * kept
+    assert gradients.keys() == gradients_now.keys() and gradients
+    for name in gradients:
+        torch.testing.assert_close(gradients_now[name], gradients[name], msg=name, **EXACT)
+
+
+def test_bfloat16_trains_an_adapter_in_float32(dataset, tmp_path):
+    options = {"dataset": dataset, "train": "lora", "output_dir": tmp_path}
+    exact = losses_of(run_train(**options).state.log_history)
+    run = run_train(**options, dtype="bfloat16", bf16=True)
+    adapter = load_file(tmp_path / "adapter_model.safetensors")
+    lora = [tensor for name, tensor in adapter.items() if "lora" in name]
+    assert lora and all(tensor.dtype == torch.float32 for tensor in lora)
+    assert run.model.get_base_model().lm_head.weight.dtype == torch.bfloat16
+    torch.testing.assert_close(*map(torch.tensor, (losses_of(run.state.log_history), exact)), atol=0.3, rtol=0.1)
+
+
+def test_compiled_steps_have_the_same_losses(latents, tmp_path):
+    options = {"dataset": latents, "train": "lora", "output_dir": tmp_path, "gradient_checkpointing": False}
+    plain = losses_of(run_train(**options).state.log_history)
+    compiled = run_train(**options, torch_compile=True, torch_compile_backend="eager")
+    torch.testing.assert_close(
+        *map(torch.tensor, (losses_of(compiled.state.log_history), plain)), atol=1e-4, rtol=1e-4
+    )
+
+
+# Latents.
+
+
+@pytest.mark.parametrize("parts", ["projection", "language"])
+def test_training_on_latents_is_training_on_pixels_without_the_encoder(parts, dataset, latents, tmp_path):
+    pixels = run_train(dataset=dataset, train=parts, output_dir=tmp_path / "pixels")
+    run = run_train(dataset=latents, train=parts, output_dir=tmp_path / "latents")
+    assert not any("world_encoder" in name for name, _ in run.model.named_parameters())
+    torch.testing.assert_close(
+        *map(torch.tensor, (losses_of(run.state.log_history), losses_of(pixels.state.log_history))), **EXACT
+    )
+    (file,) = (path.name for path in (tmp_path / "latents").glob("*.safetensors"))
+    saved, expected = load_file(tmp_path / "latents" / file), load_file(tmp_path / "pixels" / file)
+    assert saved.keys() == expected.keys()
+    encoder = [name for name in saved if "world_encoder" in name]
+    assert all(torch.equal(saved[name], BUNDLED[name]) for name in encoder)
+    assert len(encoder) == (len([name for name in BUNDLED if "world_encoder" in name]) if parts == "language" else 0)
+
+
+def test_an_interrupted_run_goes_on_after_its_last_shard(dataset, latents, tmp_path, monkeypatch, capsys):
+    encode, calls = precompute_latents.encode, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise OSError("No space left on device")
+        return encode(*arguments)
+
+    monkeypatch.setattr(precompute_latents, "encode", interrupted)
+    assert precompute(dataset, tmp_path / "cache") == 1
+    assert "error: No space left on device" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="lacks 2 of 3 shards: precompute_latents.py was interrupted"):
+        load_latents(tmp_path / "cache", str(ROOT))
+    assert precompute(dataset, tmp_path / "cache") == 0
+    assert len(calls) == 4  # one shard, one that failed, and the two that were missing
+    resumed, whole = (load_latents(folder, str(ROOT)) for folder in (tmp_path / "cache", latents))
+    assert len(resumed) == len(whole) == 16
+    for row in (0, 7, 15):
+        assert torch.equal(resumed[row]["world_latents"], whole[row]["world_latents"])
+    assert precompute(dataset, tmp_path / "cache", "--rows-a-shard", "5") == 1
+    assert "holds latents of another encoder, dataset or form" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", ["weights", "size", "normalisation"])
+def test_latents_of_another_encoder_are_refused(change, latents, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(ROOT, other, ignore=lambda folder, names: [n for n in names if (Path(folder) / n).is_dir()])
+    if change == "weights":
+        name = "model.world_encoder.quant_conv.bias"
+        save_file({**BUNDLED, name: BUNDLED[name] + 1e-3}, other / "model.safetensors", metadata={"format": "pt"})
+    else:
+        file = other / {"size": "processor_config.json", "normalisation": "config.json"}[change]
+        fields = json.loads(file.read_text())
+        if change == "size":
+            fields["image_processor"]["size"]["height"] = 128
+        else:
+            fields["normalize_latents"] = False
+        file.write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match="were made with another encoder, image size or normalisation"):
+        run_train(dataset=latents, model=other, output_dir=tmp_path / "run")
+
+
+def test_what_latents_cannot_do_is_refused(latents, tmp_path):
+    with pytest.raises(ValueError, match="--train all trains the encoder, which latents have behind them"):
+        run_train(dataset=latents, train="all", output_dir=tmp_path)
+    with pytest.raises(ValueError, match="holds the latents of one split"):
+        run_train(dataset=latents, eval_split="validation", output_dir=tmp_path)
+
+
+# What is refused, and what survives.
+
+
+def written(folder: Path, *rows: dict) -> Path:
+    file = folder / "train.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Image.new("RGB", (64, 64)).save(folder / "a.png")
+    return file
+
+
+CONVERSATION = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "a star"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"conversation": CONVERSATION, "images": ["a.png"]}, "columns conversation, images, but no messages. A row"),
+        ({"messages": CONVERSATION, "image": "a.png"}, "but no images. A row needs `messages`"),
+        (
+            {"messages": CONVERSATION, "images": ["b.png"]},
+            "The image .*b.png does not exist. Image paths are relative",
+        ),
+        ({"messages": CONVERSATION[:1], "images": ["a.png"]}, "Row 1 of the dataset ends without an answer"),
+        (
+            {"messages": [turn("user", "no place"), turn("assistant", "yes")], "images": ["a.png"]},
+            "Row 1 of the dataset cannot be read: .*",
+        ),
+    ],
+    ids=["column", "image column", "image", "truncated", "no place"],
+)
+def test_a_dataset_that_cannot_be_trained_on_is_refused_at_once(row, message, tmp_path):
+    good = {**row}
+    if "messages" in row and "images" in row and row["images"] == ["a.png"]:
+        good = {"messages": [turn("user", Image.new("RGB", (8, 8)), "a"), turn("assistant", "b")], "images": ["a.png"]}
+        if isinstance(row["messages"][0]["content"], str):
+            good = {"messages": CONVERSATION, "images": ["a.png"]}
+    with pytest.raises(Exception, match=message):
+        load_conversations(str(written(tmp_path, good, row)), "train")
+
+
+def test_folders_and_parquet_load_too(dataset, tmp_path):
+    rows = load_conversations(str(dataset), "train")
+    from_folder = load_conversations(str(dataset.parent), "train")
+    rows.to_parquet(tmp_path / "train-00000.parquet")
+    from_parquet = load_conversations(str(tmp_path), "train")
+    for each in (from_folder, from_parquet):
+        assert each[3]["messages"] == rows[3]["messages"] and len(each) == len(rows)
+        assert each[3]["images"][0].tobytes() == rows[3]["images"][0].tobytes()
+
+
+def test_a_split_to_evaluate_on_is_evaluated_and_scenes_too(dataset, tmp_path):
+    folder = tmp_path / "data"
+    rows = load_conversations(str(dataset), "train")
+    folder.mkdir()
+    rows.to_parquet(folder / "train-00000.parquet")
+    rows.select(range(4)).to_parquet(folder / "validation-00000.parquet")
+    options = {"eval_split": "validation", "eval_strategy": "steps", "eval_steps": 2, "max_steps": 2}
+    run = run_train([SceneEvaluation(per_kind=5)], dataset=folder, output_dir=tmp_path / "run", **options)
+    logged = {name: value for entry in run.state.log_history for name, value in entry.items() if "eval" in name}
+    assert logged["eval_loss"] > 0 and 0.8 < logged["eval_scenes"] <= 1
+
+
+class FillDisk(TrainerCallback):
+    """After the first checkpoint no file can grow beyond 50 kB, as on a disk that is nearly full."""
+
+    def on_save(self, args, state, control, **kwargs):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(dataset, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    options = {"dataset": dataset, "train": "lora", "output_dir": tmp_path, "save_strategy": "steps", "save_steps": 1}
+    try:
+        with pytest.raises(OSError, match="checkpoint-2 could not be written .* there is checkpoint-1"):
+            run_train([FillDisk()], **options, save_total_limit=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+    resumed = run_train(**{**options, "save_strategy": "no"}, resume_from_checkpoint=tmp_path / "checkpoint-1")
+    assert resumed.state.global_step == 3
+
+
+# Without any of our scripts.
+
+
+def test_trls_collator_trains_on_completions_alone(processor, rows):
+    row = {"prompt": rows[1]["messages"][:-1], "completion": rows[1]["messages"][-1:], "images": rows[1]["images"]}
+    (labels,) = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)([row])["labels"]
+    assert processor.decode(labels[labels != -100]) == "no<end_of_turn>\n"
+
+
+@pytest.mark.parametrize("form", ["messages", "prompt and completion"])
+def test_trls_own_command_line_trains_the_bundled_model(form, dataset, tmp_path):
+    """On transformers 5.17 TRL masks prompts of the second form alone."""
+    options = ["--completion_only_loss", "true"]
+    rows = load_conversations(str(dataset), "train")
+    columns = {"images": rows["images"]}
+    if form == "messages":
+        if version.parse(transformers.__version__) < version.parse("5.18"):
+            pytest.skip("TRL masks the prompts of `messages` with images from transformers 5.18 on")
+        columns["messages"] = rows["messages"]
+        options = ["--assistant_only_loss", "true"]
+    else:
+        columns |= {"prompt": [m[:-1] for m in rows["messages"]], "completion": [m[-1:] for m in rows["messages"]]}
+    (tmp_path / "data").mkdir()
+    Dataset.from_dict(columns, features=None).cast_column("images", rows.features["images"]).to_parquet(
+        tmp_path / "data" / "train-00000.parquet"
+    )
+    command = [Path(sys.executable).parent / "trl", "sft", "--model_name_or_path", ROOT, "--trust_remote_code", "true"]
+    command += ["--dataset_name", tmp_path / "data", "--output_dir", tmp_path / "run", "--max_length", "200", *options]
+    command += [
+        "--max_steps",
+        "3",
+        "--per_device_train_batch_size",
+        "4",
+        "--learning_rate",
+        "1e-3",
+        "--use_cpu",
+        "true",
+    ]
+    command += ["--logging_steps", "1", "--report_to", "none", "--bf16", "false", "--save_steps", "3"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    state = json.loads((tmp_path / "run" / "checkpoint-3" / "trainer_state.json").read_text())
+    losses = losses_of(state["log_history"])
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    if form == "messages":
+        ours = run_train(dataset=dataset, train="all", output_dir=tmp_path / "ours")
+        assert losses == pytest.approx(losses_of(ours.state.log_history), abs=1e-2)
+    run_fresh("-c", LOADS, tmp_path / "run", cache=tmp_path / "cache")
+
+
+LOADS = """
+import sys
+sys.modules["theworld"] = None
+from transformers import AutoModel, AutoProcessor
+AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
+AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+"""

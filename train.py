@@ -1,0 +1,179 @@
+# Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
+"""
+Fine-tunes a TheWorld checkpoint by TRL's SFTTrainer.
+
+    python train.py --model MODEL --dataset DATASET --train projection --output_dir FOLDER
+    accelerate launch --num_processes 2 train.py ...            each process has the whole model
+    torchrun --nproc-per-node 2 train.py --fsdp_size 2 ...      each has a share of every weight
+    torchrun --nproc-per-node 2 train.py --tp_size 2 ...        each has a share of every layer's work
+
+Besides the options of `Arguments` below it takes those of TRL's SFTConfig, all of them also by `--config FILE.yaml`.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator, ParallelismConfig
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModel, AutoProcessor, PreTrainedModel, TrainerCallback
+from trl import SFTConfig, SFTTrainer, TrlParser
+
+from conversations import ConversationCollator, load_conversations
+from precompute_latents import checkpoint_folder, encoder_tensors, is_latents, load_latents
+
+
+GEMMA_MATRICES = r".*\.language_model\.layers\..*_proj"
+
+
+@dataclass
+class Arguments:
+    """What is trained, and on what."""
+
+    model: str = field(metadata={"help": "Folder or Hub repo of a TheWorld checkpoint."})
+    dataset: str = field(
+        metadata={"help": "JSONL file, folder or Hub dataset of conversations, or a folder of precomputed latents."}
+    )
+    split: str = field(default="train", metadata={"help": "The dataset's split to train on."})
+    eval_split: str | None = field(default=None, metadata={"help": "The split to evaluate on, with --eval_strategy."})
+    train: Literal["projection", "lora", "language", "all"] = field(
+        default="projection",
+        metadata={
+            "help": "The projection alone (1, align); with LoRA on Gemma, or with all of Gemma (2, instruct); or the "
+            "encoder too (3). The first two save an adapter, the others a whole checkpoint."
+        },
+    )
+    lora_rank: int = field(default=16, metadata={"help": "Rank of the LoRA matrices."})
+    dtype: Literal["float32", "bfloat16"] = field(
+        default="float32", metadata={"help": "Of the weights in memory; what an adapter trains is float32 anyway."}
+    )
+    fsdp_size: int = field(default=1, metadata={"help": "Processes that share the weights (transformers 5.23)."})
+    tp_size: int = field(default=1, metadata={"help": "Processes that share each layer's work (transformers 5.23)."})
+
+
+class ParallelismOnCpu(ParallelismConfig):
+    """accelerate's; it admits tensor parallelism on accelerators alone, though nothing in it needs one."""
+
+    def _validate_accelerator(self, accelerator: Accelerator) -> None:
+        if accelerator.device.type != "cpu":
+            super()._validate_accelerator(accelerator)
+
+
+class AbsentEncoder(nn.Module):
+    """Stands where the encoder was, in training on latents."""
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        raise ValueError("This model trains on latents, and its encoder is not in memory. Give `world_latents`.")
+
+
+class Trainer(SFTTrainer):
+    """`SFTTrainer`; a checkpoint that cannot be written leaves nothing behind, and a whole one has its encoder."""
+
+    def _save_checkpoint(self, model: nn.Module, trial: None) -> None:
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            kept = sorted(each.name for each in folder.parent.glob("checkpoint-*"))
+            raise OSError(
+                f"{folder} could not be written ({error}), and was removed. "
+                f"Go on later with --resume_from_checkpoint; there is {', '.join(kept) or 'no checkpoint yet'}."
+            ) from error
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        if isinstance(model, PreTrainedModel) and isinstance(model.model.world_encoder, AbsentEncoder):
+            encoder = encoder_tensors(checkpoint_folder(model.name_or_path))
+            dtype = model.dtype
+            state_dict = {**model.state_dict(), **{name: tensor.to(dtype) for name, tensor in encoder}}
+        super()._save(output_dir, state_dict)
+
+
+def load_model(args: Arguments) -> PreTrainedModel:
+    """The checkpoint, shared out among processes if they are to share it."""
+    options = {}
+    if args.fsdp_size > 1 or args.tp_size > 1:
+        from transformers.distributed import DistributedConfig
+
+        options["distributed_config"] = DistributedConfig(fsdp_size=args.fsdp_size, tp_size=args.tp_size)
+    return AutoModel.from_pretrained(args.model, trust_remote_code=True, dtype=getattr(torch, args.dtype), **options)
+
+
+def choose_parts(model: PreTrainedModel, args: Arguments) -> nn.Module:
+    """Freezes what is not to be trained; an adapter holds the parts of "projection" and "lora"."""
+    if args.train in ("language", "all"):
+        model.requires_grad_(True)
+        model.model.world_encoder.requires_grad_(args.train == "all")
+        return model
+    # `<world>` itself is never read: world tokens take its place.
+    world_tokens = [model.config.start_of_world_token_id, model.config.end_of_world_token_id]
+    adapter = LoraConfig(
+        r=args.lora_rank,
+        lora_alpha=2 * args.lora_rank,
+        target_modules=GEMMA_MATRICES if args.train == "lora" else DUMMY_TARGET_MODULES,
+        modules_to_save=["world_projection"],
+        trainable_token_indices={"embed_tokens": world_tokens},
+    )
+    model = get_peft_model(model, adapter)
+    # TRL reads the head's weight and bias, which PEFT's wrapper of trained tokens has no word for (peft#3649).
+    model.get_output_embeddings().bias = None
+    return model
+
+
+def load_data(args: Arguments) -> tuple[Dataset, Dataset | None]:
+    """The conversations to train on, and to evaluate on."""
+    if not is_latents(args.dataset):
+        return tuple(split and load_conversations(args.dataset, split) for split in (args.split, args.eval_split))
+    if args.train == "all":
+        raise ValueError("--train all trains the encoder, which latents have behind them. Give the images instead.")
+    if args.eval_split is not None:
+        raise ValueError(f"{args.dataset} holds the latents of one split. Leave --eval_split out.")
+    return load_latents(Path(args.dataset), args.model), None
+
+
+def parse_arguments(arguments: list[str] | None = None) -> tuple[Arguments, SFTConfig]:
+    parser = TrlParser((Arguments, SFTConfig))
+    # World tokens are many: no conversation is to be cut because TRL's default is a length of 1024. And processes on
+    # CPUs only find each other where the CPU was asked for.
+    on_cpu = not torch.accelerator.is_available()
+    parser.set_defaults(max_length=None, report_to="none", trust_remote_code=True, use_cpu=on_cpu)
+    args, config = parser.parse_args_and_config(arguments)
+    # The collator does all that there is to do with a row.
+    config.dataset_kwargs = {"skip_prepare_dataset": True}
+    config.remove_unused_columns = False
+    if args.tp_size > 1:
+        config.parallelism_config = ParallelismOnCpu(tp_size=args.tp_size, dp_shard_size=args.fsdp_size)
+    return args, config
+
+
+def main(arguments: list[str] | None = None, callbacks: Sequence[TrainerCallback] = ()) -> Trainer:
+    args, config = parse_arguments(arguments)
+    train_dataset, eval_dataset = load_data(args)
+    model = load_model(args)
+    if is_latents(args.dataset):
+        model.model.world_encoder = AbsentEncoder()
+    processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
+    trainer = Trainer(
+        choose_parts(model, args),
+        args=config,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=ConversationCollator(processor, config.max_length),
+        processing_class=processor,
+        callbacks=list(callbacks),
+    )
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    trainer.save_model()
+    return trainer
+
+
+if __name__ == "__main__":
+    main()
