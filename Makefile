@@ -6,7 +6,7 @@ WEB := .venv-web
 HARNESS := .venv-harness
 EXTRAS := test,train
 
-.PHONY: demo test test-oldest test-vllm test-quantized test-web test-real-size train evaluate new-kind harness benchmark benchmark-training clean
+.PHONY: demo test test-oldest test-vllm test-quantized test-harness test-web test-real-size train evaluate new-kind benchmark benchmark-training clean
 
 demo: $(VENV)/.installed
 	$(PYTHON) demo.py assets/scene.png "What shape is the blue object?" "How many circles are there?" "Where is the yellow star from the blue star?" --save demo.png
@@ -25,6 +25,10 @@ test-vllm: $(VLLM)/.installed
 # Gemma in fewer bits, by torchao and by bitsandbytes.
 test-quantized: $(WEB)/.installed
 	$(WEB)/bin/python -m pytest tests/test_quantized.py -m quantized
+
+# Held-out scenes by lm-eval.
+test-harness: $(HARNESS)/.installed
+	$(HARNESS)/bin/python -m pytest tests/test_harness.py -m harness
 
 # app.py in Debian's Chromium.
 test-web: $(WEB)/.installed /usr/bin/chromedriver
@@ -50,11 +54,6 @@ evaluate: $(VENV)/.installed
 new-kind: $(VENV)/.installed
 	$(PYTHON) -m recipe.new_kind
 
-# Held-out scenes by lm-eval, in an environment of its own.
-harness: $(HARNESS)/.installed
-	$(HARNESS)/bin/python -m recipe.harness
-	$(HARNESS)/bin/lm_eval --model hf-multimodal --model_args pretrained=.,trust_remote_code=True --include_path recipe --tasks theworld_scenes --apply_chat_template --batch_size 20 --device cpu
-
 # Speed and memory against diffusers and Gemma alone: a quarter of an hour on 2 cores with nothing else on them.
 benchmark: $(VENV)/.installed
 	$(PYTHON) -m benchmarks
@@ -68,7 +67,7 @@ $(OLDEST)/.installed: constraints-oldest.txt pyproject.toml
 $(WEB)/.installed: constraints-web.txt pyproject.toml
 $(WEB)/.installed: EXTRAS := test,test-web,web,quantized
 $(HARNESS)/.installed: constraints.txt pyproject.toml
-$(HARNESS)/.installed: EXTRAS := recipe,harness
+$(HARNESS)/.installed: EXTRAS := test,harness
 %/.installed:
 	python3 -m venv $*
 	$*/bin/python -m pip install --quiet --constraint $(filter constraints%,$^) --editable ".[$(EXTRAS)]"

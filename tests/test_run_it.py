@@ -258,7 +258,7 @@ import sys
 from transformers import AutoModel, AutoProcessor
 AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
 AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
-print(*sorted({"gradio", "matplotlib", "trl", "peft", "datasets", "torchvision", "tqdm.notebook"} & set(sys.modules)))
+print(*sorted({"gradio", "matplotlib", "trl", "datasets", "torchvision", "tqdm.notebook"} & set(sys.modules)))
 """
     assert run_fresh("-c", code, ROOT, cache=tmp_path).strip() == ""
 
