@@ -27,9 +27,9 @@ from torch import nn
 from torch.nn import functional as F
 
 
-# Measured on 2 cores by benchmarks/encoder.py. One thread does as well with half or twice as many. Two meet after
-# every operation: the fewer and larger those are, the better, until the points are more than the caches hold.
-TILES_A_BAND = 256
+# Measured on 2 cores by benchmarks/encoder.py. One thread does as well with a quarter of them. Two meet after every
+# operation: the fewer and larger those are, the better, until the points are more than the caches hold.
+TILES_A_BAND = 512
 ROWS_A_BAND = 64
 # For fewer of either, transforming costs more than it saves.
 MIN_TILES, MIN_CHANNELS = 64, 64
