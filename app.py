@@ -28,7 +28,8 @@ from recipe.scenes import SPLITS, draw_scene
 MAX_UPLOAD = "5mb"
 CSS = ".gradio-container {max-width: 1180px !important} #picture img {width: 100%; height: 100%; object-fit: contain}"
 
-model = AutoModel.from_pretrained(BUNDLED, trust_remote_code=True).eval()
+# Eager attention gives the weights for the overlay; set here, because all who ask share the model.
+model = AutoModel.from_pretrained(BUNDLED, trust_remote_code=True, attn_implementation="eager").eval()
 processor = AutoProcessor.from_pretrained(BUNDLED, trust_remote_code=True)
 
 
@@ -80,21 +81,33 @@ class TimedStreamer(TextIteratorStreamer):
         return f"{(first - prompt) * 1000:.0f} ms to the first token{each}"
 
 
-def make_inputs(messages: list[dict], question: str, picture: Image.Image | None) -> BatchFeature:
+def encode(picture: Image.Image) -> torch.Tensor:
+    """The picture's latents [1, z, h, w]."""
+    pixel_values = processor.image_processor(picture, return_tensors="pt").pixel_values
+    with torch.no_grad():
+        return model.get_world_latents(pixel_values)
+
+
+def make_inputs(messages: list[dict], question: str, latents: torch.Tensor | None) -> BatchFeature:
     """The conversation as the model reads it, the picture, if there is one, before the first question."""
     messages = [*messages, {"role": "user", "content": question}]
     turns = [{"role": each["role"], "content": [{"type": "text", "text": each["content"]}]} for each in messages]
-    if picture is not None:
-        turns[0]["content"].insert(0, {"type": "image", "image": picture})
+    if latents is not None:
+        turns[0]["content"].insert(0, {"type": "image"})
     return processor.apply_chat_template(
-        turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        turns,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"world_latents": latents},
     )
 
 
-def stream(inputs: BatchFeature, **images: torch.Tensor) -> Iterator[tuple[str, TimedStreamer]]:
+def stream(inputs: BatchFeature) -> Iterator[tuple[str, TimedStreamer]]:
     """Yields the answer so far, and its times, at each piece."""
     streamer, answer = TimedStreamer(), ""
-    Thread(target=model.generate, kwargs={**inputs, **images, "streamer": streamer}).start()
+    Thread(target=model.generate, kwargs={**inputs, "streamer": streamer}).start()
     for piece in streamer:
         answer += piece
         yield answer.strip(), streamer
@@ -104,26 +117,23 @@ def ask(picture: Image.Image | None, question: str, compare: bool, talk: Convers
     """Answers with world tokens, then, to compare, without; yields what the page shows as it comes."""
     if picture is None or not question.strip():
         raise gr.Error("Give a picture and a question.", print_exception=False)
-    turn = Turn(question.strip())
+    turn, latents, encoding = Turn(question.strip()), talk.latents, "the picture's latents kept"
     try:
-        inputs = make_inputs(talk.messages(), turn.question, picture)
+        if latents is None:
+            started = perf_counter()
+            latents = encode(picture)
+            encoding = f"{(perf_counter() - started) * 1000:.0f} ms to encode the picture"
+        inputs = make_inputs(talk.messages(), turn.question, latents)
         blind_inputs = make_inputs(talk.messages(blind=True), turn.question, None)
     except ValueError as error:
         raise gr.Error(escape(str(error)), print_exception=False) from error
-
-    pixel_values, latents, encoding = inputs.pop("pixel_values"), talk.latents, "the picture's latents kept"
-    if latents is None:
-        started = perf_counter()
-        with torch.no_grad():
-            latents = model.get_world_latents(pixel_values)
-        encoding = f"{(perf_counter() - started) * 1000:.0f} ms to encode the picture"
     talk = Conversation([*talk.turns, turn], latents)
 
     world_tokens = (inputs["input_ids"] == model.config.image_token_id).sum()
     note = f"{inputs['input_ids'].shape[1]} tokens in the prompt, {world_tokens} of them world tokens; {encoding}, "
     expected = f"<br>The scene's own answer: **{right[turn.question]}**" if turn.question in right else ""
     overlay = times = None
-    for turn.answer, times in stream(inputs, world_latents=latents):
+    for turn.answer, times in stream(inputs):
         yield shown(talk, overlay, f"{note}{times}{expected}")
     overlay = heat(picture, attention_to_world(model, inputs, latents))
     yield shown(talk, overlay, f"{note}{times}{expected}")
