@@ -100,7 +100,7 @@ def make_inputs(messages: list[dict], question: str, latents: torch.Tensor | Non
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
-        processor_kwargs={"world_latents": latents},
+        processor_kwargs={"world_latents": None if latents is None else [list(latents)]},
     )
 
 
