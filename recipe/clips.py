@@ -1,0 +1,166 @@
+# Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
+"""
+Drawn clips with questions that no single frame answers, from a seed, the same on every machine.
+
+    clip = draw_clip(SPLITS["test"][0])
+    clip.frames                      nine PIL images of 64 x 64 pixels, an eighth of a second apart
+    clip.questions[0]                Question(kind="direction", text="Which way does the red star move?", answer="up")
+
+A clip is made from its last frame backwards: that frame is kept only if each answer's motion could have led to it, and
+then the answer is drawn by lot. So the last frame alone tells nothing of it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from random import Random
+
+from PIL import Image
+
+from .scenes import COLOURS, SHAPES, SIZE, Canvas, Question, Thing, ask_colour, ask_existence, ask_shape
+
+
+NUM_FRAMES = 9
+FPS = 8
+WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+# The share of its way that a thing has left behind, by the share of the time.
+PACES: dict[str, Callable[[float], float]] = {
+    "neither": lambda time: time,
+    "faster": lambda time: time**2,
+    "slower": lambda time: 1 - (1 - time) ** 2,
+}
+# Kinds of questions, and the answers that each has, all as common.
+CLIP_KINDS: dict[str, tuple[str, ...]] = {
+    "direction": tuple(WAYS),
+    "speed": tuple(PACES),
+    "meet": ("yes", "no"),
+    "next": ("hit", "leave", "stop"),
+}
+# Pixels: between things, and from a thing to the edge.
+GAP = 2
+
+
+@dataclass(frozen=True)
+class Mover:
+    """A thing where it ends, and the way that led it there: `along` x and y in pixels, at a pace."""
+
+    thing: Thing
+    along: tuple[float, float] = (0.0, 0.0)
+    pace: str = "neither"
+
+    def at(self, time: float) -> Thing:
+        """The thing at a time from 0 to 1."""
+        left = 1 - PACES[self.pace](time)
+        return replace(self.thing, x=self.thing.x - left * self.along[0], y=self.thing.y - left * self.along[1])
+
+
+@dataclass(frozen=True)
+class Clip:
+    frames: tuple[Image.Image, ...]
+    questions: tuple[Question, ...]
+    movers: tuple[Mover, ...]
+
+    def things_at(self, frame: int) -> tuple[Thing, ...]:
+        return tuple(mover.at(frame / (NUM_FRAMES - 1)) for mover in self.movers)
+
+
+def fits(movers: Sequence[Mover]) -> bool:
+    """Whether things stay inside the picture and apart from each other all the time."""
+    for frame in range(NUM_FRAMES):
+        things = [mover.at(frame / (NUM_FRAMES - 1)) for mover in movers]
+        for number, thing in enumerate(things):
+            reach = thing.radius * 1.25 + GAP
+            if not all(reach <= place <= SIZE - reach for place in (thing.x, thing.y)):
+                return False
+            if any(thing.distance(other) < 1.25 * (thing.radius + other.radius) + GAP for other in things[:number]):
+                return False
+    return True
+
+
+def scaled(way: tuple[float, float], distance: float) -> tuple[float, float]:
+    return way[0] * distance, way[1] * distance
+
+
+def scatter(random: Random, number: int) -> list[Thing]:
+    """Things of different colours anywhere in the picture."""
+    return [
+        Thing(random.choice(SHAPES), colour, random.uniform(0, SIZE), random.uniform(0, SIZE), random.uniform(4, 6))
+        for colour in random.sample(list(COLOURS), number)
+    ]
+
+
+def line_up(random: Random) -> tuple[Thing, Thing, tuple[int, int]]:
+    """Two things in a row or a column, and the way from the first to the second."""
+    one, other = scatter(random, 2)
+    way = random.choice(list(WAYS.values()))
+    distance = random.uniform(0, SIZE)
+    return one, replace(other, x=one.x + way[0] * distance, y=one.y + way[1] * distance), way
+
+
+def make_travel(random: Random) -> tuple[list[Mover], list[Question]] | None:
+    """One thing moves, up to two stand by."""
+    thing, *others = scatter(random, random.randint(1, 3))
+    distance, still = random.uniform(9, 16), [Mover(other) for other in others]
+    possible = {name: Mover(thing, scaled(way, distance)) for name, way in WAYS.items()}
+    if not all(fits([mover, *still]) for mover in possible.values()):
+        return None
+    way, pace = random.choice(list(WAYS)), random.choice(list(PACES))
+    return [replace(possible[way], pace=pace), *still], [
+        Question("direction", f"Which way does the {thing.name} move?", way),
+        Question("speed", f"Does the {thing.name} get faster or slower?", pace),
+    ]
+
+
+def make_meeting(random: Random) -> tuple[list[Mover], list[Question]] | None:
+    """Two things move in one line; what closes the gap now would have opened it backwards."""
+    one, other, way = line_up(random)
+    first, second = (random.choice((-1, 1)) * random.uniform(4, 14) for _ in range(2))
+    if abs(first - second) < 7:
+        return None
+    possible = [
+        [Mover(one, scaled(way, sign * first)), Mover(other, scaled(way, sign * second))] for sign in (1, -1)
+    ]
+    if not all(fits(movers) for movers in possible):
+        return None
+    movers, closing = random.choice(list(zip(possible, (first > second, first < second), strict=True)))
+    return movers, [Question("meet", f"Will the {one.name} meet the {other.name}?", "yes" if closing else "no")]
+
+
+def make_ending(random: Random) -> tuple[list[Mover], list[Question]] | None:
+    """One thing moves towards another, or away from it, unless it comes to a stop."""
+    one, other, way = line_up(random)
+    distance = random.uniform(9, 14)
+    towards, away = (Mover(one, scaled(way, sign * distance)) for sign in (1, -1))
+    if not (fits([towards, Mover(other)]) and fits([away, Mover(other)])):
+        return None
+    answer = random.choice(CLIP_KINDS["next"])
+    if answer == "stop":
+        mover = replace(random.choice((towards, away)), pace="slower")
+    else:
+        mover = replace(towards if answer == "hit" else away, pace=random.choice(("neither", "faster")))
+    return [mover, Mover(other)], [Question("next", f"Will the {one.name} hit, leave or stop?", answer)]
+
+
+def draw_frames(movers: Sequence[Mover], seed: int) -> tuple[Image.Image, ...]:
+    """The frames, all with the ground, the shades and the noise of one seed."""
+    frames = []
+    for frame in range(NUM_FRAMES):
+        canvas = Canvas(Random(seed))
+        for mover in movers:
+            canvas.add_thing(mover.at(frame / (NUM_FRAMES - 1)))
+        frames.append(canvas.finish())
+    return tuple(frames)
+
+
+def draw_clip(seed: int) -> Clip:
+    """The clip of a seed: of one thing that travels, of two that may meet, or of one that may hit another."""
+    random = Random(seed)
+    make = random.choice((make_travel, make_meeting, make_ending))
+    while (made := make(random)) is None:
+        pass
+    movers, questions = made
+    things = [mover.thing for mover in movers]
+    asked = [ask(random, things) for ask in (ask_shape, ask_colour, ask_existence)]
+    questions += [question for question in asked if question is not None]
+    return Clip(
+        draw_frames(movers, random.getrandbits(64)), tuple(random.sample(questions, len(questions))), tuple(movers)
+    )
