@@ -92,6 +92,11 @@ class TheWorldEncoderConfig(PreTrainedConfig):
         """Pixels a side of the square that one latent position stands for; 8 with the default stages."""
         return 2 ** (len(self.dim_mult) - 1)
 
+    @property
+    def temporal_compression_ratio(self) -> int:
+        """Frames of a video, after its first, that one latent frame stands for; 4 with the default stages."""
+        return 2 ** sum(self.temperal_downsample)
+
 
 @strict
 class TheWorldConfig(PreTrainedConfig):

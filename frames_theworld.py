@@ -1,9 +1,10 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
 """
-The modules of a Wan VAE on single frames: the numbers of diffusers, several times sooner.
+The modules of a Wan VAE on images, and on videos a few frames at a time: the numbers of diffusers, sooner.
 
-Everywhere: a causal convolution sees the past, and before a first frame there are only zeros. So the last time slice
-of a kernel does all the work, and a 3x3x3 convolution is a 3x3 one.
+Everywhere: a causal convolution sees the past, two frames of it, and before a first frame there are only zeros. So for
+an image the last time slice of a kernel does all the work, and a 3x3x3 convolution is a 3x3 one. A video's frames go
+through in chunks; what a chunk leaves for the next is diffusers' `feat_cache`, a list that the caller holds.
 
 Besides, on a CPU, in float32, where nothing is to be differentiated or compiled: residual blocks convolve by
 Winograd's F(4x4, 3x3). Rows of 4 outputs depend on 6 inputs x and 3 weights w as the product of two polynomials does.
@@ -12,8 +13,9 @@ in place of 144 (A. Lavin and S. Gray, 2016, arXiv:1509.09308). Tiles are many, 
 
     V = B^T x B [36, tiles, C]      U = G w G^T [36, C, C']      output = A^T (V U) A [tiles, 4, 4, C']
 
-A frame [H, W, C] goes through in bands of tiles that fit the processor's cache. Nothing but the weights outlives a
-call, so nothing can go stale, and threads may share the modules.
+A chunk's frames [T, H, W, C] go through in bands of tiles that fit the processor's cache. Each is taken to the points
+once, for all three time slices of the kernel. Nothing but the weights outlives a call, so nothing can go stale, and
+threads may share the modules.
 """
 
 import torch
@@ -112,118 +114,239 @@ def norm_silu(norm: WanRMS_norm, x: torch.Tensor, out: torch.Tensor) -> None:
     F.silu(out, inplace=True)
 
 
+class SlicesInTime:
+    """The time slices of a 3x3x3 kernel, each by itself: three products a frame, or one where there is no past."""
+
+    together = 1  # frames that are made together
+
+    def __init__(self, weight: torch.Tensor, past: int):
+        self.weights = [weights_at_points(weight[:, :, 2 - back]) for back in range(past + 1)]
+
+    def multiply(self, inputs: torch.Tensor, products: torch.Tensor) -> None:
+        """Makes products [1, 36, T, tiles, C'] of inputs [36, past + T, tiles, C]."""
+        time, tiles = products.shape[2:4]
+        inputs, products = inputs.flatten(1, 2), products[0].flatten(1, 2)
+        last = inputs.shape[1] - time * tiles
+        torch.bmm(inputs[:, last:], self.weights[0], out=products)
+        for back, weights in enumerate(self.weights[1:], start=1):
+            first = last - back * tiles
+            products.baddbmm_(inputs[:, first : first + time * tiles], weights)
+
+
+class PairsInTime:
+    """
+    Winograd's F(2, 3) over time: two frames made from four together, by four products in place of six.
+
+    The points are 0, 1, -1 and infinity.
+    """
+
+    together = 2
+
+    def __init__(self, weight: torch.Tensor):
+        first, second, third = weight.unbind(2)
+        kernels = (first, (first + second + third) / 2, (first - second + third) / 2, third)
+        self.weights = [weights_at_points(kernel) for kernel in kernels]
+
+    def multiply(self, inputs: torch.Tensor, products: torch.Tensor) -> None:
+        """Makes products [2, 36, T / 2, tiles, C'], even frames and odd, of inputs [36, 2 + T, tiles, C]."""
+        even, odd = inputs[:, ::2], inputs[:, 1::2]
+        first, second, third, fourth = even[:, :-1], odd[:, :-1], even[:, 1:], odd[:, 1:]
+        evens, odds = products.flatten(2, 3)
+        point, product = torch.empty_like(first), torch.empty_like(evens)
+        point_rows = point.flatten(1, 2)
+
+        torch.sub(first, third, out=point)
+        torch.bmm(point_rows, self.weights[0], out=evens)
+        torch.sub(fourth, second, out=point)
+        torch.bmm(point_rows, self.weights[3], out=odds)
+        torch.add(second, third, out=point)
+        torch.bmm(point_rows, self.weights[1], out=product)
+        evens += product
+        odds += product
+        torch.sub(third, second, out=point)
+        torch.bmm(point_rows, self.weights[2], out=product)
+        evens += product
+        odds -= product
+
+
 def norm_silu_conv(
-    norm: WanRMS_norm, conv: WanCausalConv3d, x: torch.Tensor, out: torch.Tensor, plus: torch.Tensor | None = None
+    norm: WanRMS_norm,
+    conv: WanCausalConv3d,
+    x: torch.Tensor,
+    out: torch.Tensor,
+    plus: torch.Tensor | None = None,
+    past: torch.Tensor | None = None,
+    kept: torch.Tensor | None = None,
 ) -> None:
     """
-    Writes `conv(silu(norm(x))) + plus` of frames x [B, H, W, C] to `out` [B, H, W, C'], by Winograd.
+    Writes `conv(silu(norm(x))) + plus` of frames x [B, T, H, W, C] to `out` [B, T, H, W, C'], by Winograd.
+
+    `past` [B, 1 or 2, H, W, C] are the frames before, after norm and silu; without it there were none. `kept`
+    [B, 1 or 2, H, W, C] gets the last frames of these and of x, as the next call's `past`.
 
     `out` may be x: a band is read before it is written, and its last two rows are kept for the next.
     """
-    height, width, channels = x.shape[1:]
+    batch, time, height, width, channels = x.shape
+    before = 0 if past is None and time == 1 else 2  # frames that are read besides; of zeros, where there were none
+    kernel = SlicesInTime(conv.weight, before) if time % 2 else PairsInTime(conv.weight)
+    steps, together = time // kernel.together, kernel.together
     rows, columns = -(-height // 4), -(-width // 4)  # of tiles
-    rows = min(rows, -(-TILES_A_BAND // columns))  # in a band
-    weights = weights_at_points(conv.weight[:, :, -1])
+    rows = min(rows, -(-TILES_A_BAND // (columns * time)))  # in a band
 
-    band = x.new_zeros(4 * rows + 2, 4 * columns + 2, channels)  # zeros around the frame
-    by_row = x.new_empty(6, rows, 4 * columns + 2, channels)
-    inputs = x.new_empty(6, 6, rows, columns, channels)  # at points of a column and of a row
-    products = x.new_empty(6, 6, rows, columns, out.shape[-1])
-    rows_left = x.new_empty(4, 6, rows, columns, out.shape[-1])
-    outputs = x.new_empty(rows, 4, columns, 4, out.shape[-1])
-    rows_to_points = to_points(band.unfold(0, 6, 4).movedim(-1, 0), by_row)
-    columns_to_points = to_points(by_row.unfold(2, 6, 4).movedim(-1, 0), inputs)
-    points_to_outputs = from_points(products, rows_left) + from_points(rows_left.movedim(0, -2), outputs.movedim(1, 0))
+    bands = x.new_zeros(before + time, 4 * rows + 2, 4 * columns + 2, channels)  # zeros around the frames
+    by_row = x.new_empty(6, before + time, rows, 4 * columns + 2, channels)
+    inputs = x.new_empty(6, 6, before + time, rows, columns, channels)  # at points of a column and of a row
+    products = x.new_empty(together, 6, 6, steps, rows, columns, out.shape[-1])
+    rows_left = x.new_empty(4, 6, together, steps, rows, columns, out.shape[-1])
+    outputs = x.new_empty(together, steps, rows, 4, columns, 4, out.shape[-1])
+    rows_to_points = to_points(bands.unfold(1, 6, 4).movedim(-1, 0), by_row)
+    columns_to_points = to_points(by_row.unfold(3, 6, 4).movedim(-1, 0), inputs)
+    points_to_rows = from_points(products.movedim(0, 2), rows_left)
+    points_to_outputs = points_to_rows + from_points(rows_left.movedim(0, -2), outputs.movedim(3, 0))
+    inputs = inputs.view(36, before + time, rows * columns, channels)
+    products_by_tile = products.view(together, 36, steps, rows * columns, -1)
+    out, plus = (
+        None if frames is None else frames.unflatten(1, (steps, together)).transpose(1, 2) for frames in (out, plus)
+    )
 
-    for frame, written, added in zip(x, out, [None] * len(x) if plus is None else plus, strict=True):
-        band[:2] = 0
+    for video in range(batch):
+        bands[:, :2] = 0
         for top in range(0, height, 4 * rows):
             # The band starts at row top - 1 of the frame; its first two rows are there, but for the frame's own first.
             first, end = top + 1 if top else 0, min(top + 4 * rows + 1, height)
-            norm_silu(norm, frame[first:end], out=band[first - top + 1 : end - top + 1, 1 : width + 1])
-            band[end - top + 1 :] = 0
+            read = bands[:, first - top + 1 : end - top + 1, 1 : width + 1]
+            if past is not None:
+                read[before - past.shape[1] : before] = past[video, :, first:end]
+            norm_silu(norm, x[video, :, first:end], out=read[before:])
+            if kept is not None:
+                kept[video, :, first:end] = read[-kept.shape[1] :]
+            bands[:, end - top + 1 :] = 0
             run(rows_to_points)
-            band[:2] = band[-2:]
+            bands[:, :2] = bands[:, -2:]
             run(columns_to_points)
-            torch.bmm(inputs.view(36, -1, channels), weights, out=products.view(36, rows * columns, -1))
+            kernel.multiply(inputs, products_by_tile)
             # What is added at the point (1, 1) alone is added to all outputs: the second columns of A^T are ones.
-            products[1, 1] += conv.bias
+            products[:, 1, 1] += conv.bias
             run(points_to_outputs)
             here = slice(top, min(top + 4 * rows, height))
-            result = outputs.view(4 * rows, 4 * columns, -1)[: here.stop - top, :width]
-            if added is None:
-                written[here] = result
+            result = outputs.view(together, steps, 4 * rows, 4 * columns, -1)[:, :, : here.stop - top, :width]
+            if plus is None:
+                out[video, :, :, here] = result
             else:
-                torch.add(result, added[here], out=written[here])
+                torch.add(result, plus[video, :, :, here], out=out[video, :, :, here])
 
 
-def is_plain_on_cpu(module: nn.Module, x: torch.Tensor) -> bool:
-    """Whether `module(x)` is float32 on a CPU, and neither autograd nor a compiler follows what happens in it."""
+def is_plain_on_cpu(module: nn.Module, *inputs: torch.Tensor) -> bool:
+    """Whether `module(*inputs)` is float32 on a CPU, and neither autograd nor a compiler follows what it does."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
         return False
-    tensors = (x, *module.parameters())
+    tensors = (*inputs, *module.parameters())
     return all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors) and not (
         torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     )
 
 
 class FrameConv(WanCausalConv3d):
-    """`WanCausalConv3d` for a single frame [B, C, 1, H, W]."""
+    """`WanCausalConv3d`, which needs its last time slice alone for a first frame [B, C, 1, H, W]."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
+        if self.kernel_size == (1, 1, 1):  # frames below each other: PyTorch is slow in three dimensions
+            return F.conv2d(x.flatten(2, 3), self.weight[:, :, 0], self.bias).view(x.shape[0], -1, *x.shape[2:])
+        if cache_x is not None or x.shape[2] > 1:
+            return super().forward(x, cache_x)
         return F.conv2d(x.squeeze(2), self.weight[:, :, -1], self.bias, padding="same").unsqueeze(2)
 
 
 class FrameResidualBlock(WanResidualBlock):
-    """`WanResidualBlock` for a single frame [B, C, 1, H, W]."""
+    """`WanResidualBlock` for an image [B, C, 1, H, W], or, with `feat_cache`, the next frames [B, C, T, H, W]."""
 
     # transformers' `gradient_checkpointing_enable` sets it, and `_gradient_checkpointing_func` beside it. diffusers'
     # own encoder has such a flag and never reads it.
     gradient_checkpointing = False
 
-    def forward(self, x: torch.Tensor, feat_cache: None = None, feat_idx: list[int] | None = None) -> torch.Tensor:
-        if not self.pays_in_bands(x):
-            if self.gradient_checkpointing and self.training:
-                return self._gradient_checkpointing_func(super().forward, x)
-            return super().forward(x)
-        frames, shortcut = (each.squeeze(2).permute(0, 2, 3, 1) for each in (x, self.conv_shortcut(x)))
-        h = frames.new_empty(*frames.shape[:3], self.out_dim)
-        norm_silu_conv(self.norm1, self.conv1, frames, out=h)
-        norm_silu_conv(self.norm2, self.conv2, h, out=h, plus=shortcut)
-        return h.permute(0, 3, 1, 2).unsqueeze(2)
+    def forward(
+        self, x: torch.Tensor, feat_cache: list[torch.Tensor | None] | None = None, feat_idx: list[int] | None = None
+    ) -> torch.Tensor:
+        mine = slice(feat_idx[0], feat_idx[0] + 2) if feat_cache is not None else slice(0)  # conv1's and conv2's
+        past = feat_cache[mine] if feat_cache is not None else []
+        if self.pays_in_bands(x, *past):
+            x, *kept = self.forward_in_bands(x, *past)
+        elif self.gradient_checkpointing and self.training:
+            x, *kept = self._gradient_checkpointing_func(self.forward_plainly, x, *past)
+        else:
+            x, *kept = self.forward_plainly(x, *past)
+        if feat_cache is not None:
+            feat_cache[mine] = kept
+            feat_idx[0] += 2
+        return x
 
-    def pays_in_bands(self, x: torch.Tensor) -> bool:
+    def forward_plainly(self, x: torch.Tensor, *past: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        """diffusers' own lines, as a function that may run twice: the result, and if there is a past the next one."""
+        kept = list(past)
+        return super().forward(x, kept or None, [0]), *kept
+
+    def forward_in_bands(self, x: torch.Tensor, *past: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        """As `forward_plainly`, by Winograd."""
+        frames, shortcut = (each.permute(0, 2, 3, 4, 1) for each in (x, self.conv_shortcut(x)))
+        h = frames.new_empty(*frames.shape[:4], self.out_dim)
+        past = [None if each is None else each.permute(0, 2, 3, 4, 1) for each in past]
+        kept = [
+            each.new_empty(each.shape[0], min(2, each.shape[1] + (0 if before is None else 2)), *each.shape[2:])
+            for each, before in zip((frames, h), past, strict=False)
+        ]
+        (past_1, past_2), (kept_1, kept_2) = past or (None, None), kept or (None, None)
+        norm_silu_conv(self.norm1, self.conv1, frames, out=h, past=past_1, kept=kept_1)
+        norm_silu_conv(self.norm2, self.conv2, h, out=h, plus=shortcut, past=past_2, kept=kept_2)
+        return tuple(each.permute(0, 4, 1, 2, 3) for each in (h, *kept))
+
+    def pays_in_bands(self, x: torch.Tensor, *past: torch.Tensor | None) -> bool:
         return (
-            is_plain_on_cpu(self, x)
+            is_plain_on_cpu(self, x, *(frames for frames in past if frames is not None))
             # An adapter or a quantised layer in a convolution's place has more to say than its weights.
             and type(self.conv1) is type(self.conv2) is FrameConv
             and not (self.training and self.dropout.p)
             and min(self.in_dim, self.out_dim) >= MIN_CHANNELS
-            and x.shape[-2] * x.shape[-1] >= 16 * MIN_TILES
+            and x[0, 0].numel() >= 16 * MIN_TILES
         )
 
 
 class FrameDownsample(WanResample):
-    """A `WanResample` to half the height and width, for a single frame [B, C, 1, H, W]."""
+    """
+    A `WanResample` to half the height and width, of an image [B, C, 1, H, W].
 
-    def forward(self, x: torch.Tensor, feat_cache: None = None, feat_idx: list[int] | None = None) -> torch.Tensor:
-        frames = x.squeeze(2)
-        if not is_plain_on_cpu(self, x):
-            return self.resample(frames).unsqueeze(2)
+    With `feat_cache`, of the next frames [B, C, T, H, W]; if its mode halves time too, all but a video's first frame
+    become half as many.
+    """
+
+    def forward(
+        self, x: torch.Tensor, feat_cache: list[torch.Tensor | None] | None = None, feat_idx: list[int] | None = None
+    ) -> torch.Tensor:
+        frames = self.halve(x.transpose(1, 2).flatten(0, 1), is_plain_on_cpu(self, x))
+        x = frames.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+        if feat_cache is None or self.mode != "downsample3d":
+            return x
+        index = feat_idx[0]
+        feat_idx[0] += 1
+        last_before, feat_cache[index] = feat_cache[index], x[:, :, -1:].clone()
+        return x if last_before is None else self.time_conv(torch.cat([last_before, x], dim=2))
+
+    def halve(self, frames: torch.Tensor, in_bands: bool) -> torch.Tensor:
+        """Frames [.., C, H, W] to half the height and width."""
+        if not in_bands:
+            return self.resample(frames)
         # In bands, so that no second frame with padding around it is made; a band reads one row of the next.
         pad, conv = self.resample
         bands = [frames[:, :, top : top + ROWS_A_BAND + 1] for top in range(0, frames.shape[2], ROWS_A_BAND)]
         *upper, last = bands
-        halves = [conv(F.pad(band, (0, 1))) for band in upper] + [conv(pad(last))]
-        return torch.cat(halves, dim=2).unsqueeze(2)
+        return torch.cat([conv(F.pad(band, (0, 1))) for band in upper] + [conv(pad(last))], dim=2)
 
 
 def use_frame_modules(module: nn.Module) -> nn.Module:
     """
-    Makes a Wan VAE, or a part of one, read single frames; returns it.
+    Makes a Wan VAE, or a part of one, read images and chunks of videos; returns it.
 
-    Modules keep the parameters and names that diffusers gave them; only how they meet a single frame changes. Those
-    with a stride over time are for video: one frame never reaches them.
+    Modules keep the parameters and names that diffusers gave them; only how they meet a frame changes. The
+    convolutions with a stride over time, which an image never reaches, stay as they are.
     """
     for child in module.modules():
         if isinstance(child, WanCausalConv3d) and child.stride == (1, 1, 1):

@@ -14,9 +14,17 @@ from theworld.modeling_theworld import TheWorldEncoder
 from .measure import MEMORY, Row, in_turns, run_fresh, timed
 
 
-# Images, pixels a side, threads, turns, how many times faster it is to be. One thread is the steadier measure: two
-# wait for each other after every operation, and how long that takes varies.
-CASES = [(1, 256, 2, 11, 5), (1, 256, 1, 5, 5), (1, 448, 1, 5, 5), (1, 512, 1, 5, 4.5), (4, 256, 2, 5, 5)]
+# Pixels [B, 3, H, W], or [B, T, 3, H, W] for videos; threads, turns, how many times faster it is to be. One thread is
+# the steadier measure: two wait for each other after every operation, and how long that takes varies.
+CASES = [
+    ((1, 3, 256, 256), 2, 11, 5),
+    ((1, 3, 256, 256), 1, 5, 5),
+    ((1, 3, 448, 448), 1, 5, 5),
+    ((1, 3, 512, 512), 1, 5, 4.5),
+    ((4, 3, 256, 256), 2, 5, 5),
+    ((1, 5, 3, 128, 128), 1, 5, 2.5),
+    ((1, 17, 3, 128, 128), 1, 5, 2.5),
+]
 MATRIX_SIDE = 2048
 
 EXTRA_MEMORY = (
@@ -49,20 +57,23 @@ def measure_speed() -> Iterator[Row]:
     encoder = TheWorldEncoder(TheWorldEncoderConfig()).eval()
     encoder.load_state_dict({key: vae.state_dict()[key] for key in encoder.state_dict()})
 
-    def encode_by_diffusers(images: torch.Tensor) -> torch.Tensor:
-        return vae.encode(images.unsqueeze(2)).latent_dist.mode().squeeze(2)
+    def encode_by_diffusers(pixels: torch.Tensor) -> torch.Tensor:
+        if pixels.dim() == 4:
+            return vae.encode(pixels.unsqueeze(2)).latent_dist.mode().squeeze(2)
+        return vae.encode(pixels.transpose(1, 2)).latent_dist.mode().transpose(1, 2)
 
     available = torch.get_num_threads()
-    for batch, side, threads, repeats, goal in CASES:
+    for (*counts, _, _, side), threads, repeats, goal in CASES:
         torch.set_num_threads(threads)
-        images = torch.rand(batch, 3, side, side) * 2 - 1
+        pixels = torch.rand(*counts, 3, side, side) * 2 - 1
         with FlopCounterMode(display=False) as counter:
-            latents = encoder(images)
-        difference = (latents - encode_by_diffusers(images)).abs().max().item()
-        ours, theirs = in_turns(lambda: encoder(images), lambda: encode_by_diffusers(images), repeats)  # noqa: B023
+            latents = encoder(pixels)
+        difference = (latents - encode_by_diffusers(pixels)).abs().max().item()
+        ours, theirs = in_turns(lambda: encoder(pixels), lambda: encode_by_diffusers(pixels), repeats)  # noqa: B023
         limit, rate = matrix_rate(), counter.get_total_flops() / median(ours)
+        what = f"{counts[0]} x" if len(counts) == 1 else f"{counts[1]} frames of"
         yield Row(
-            f"encode {batch} x {side} px, {threads} thread{'s' * (threads > 1)}",
+            f"encode {what} {side} px, {threads} thread{'s' * (threads > 1)}",
             "diffusers `encode`",
             ours,
             theirs,
