@@ -36,6 +36,11 @@ def flatten_images(images: ImageInput | None) -> list:
     return make_flat_list_of_images(images)
 
 
+def time_stamp(seconds: float) -> str:
+    """The text before a latent frame of a video: when it was, to the millisecond."""
+    return f"{seconds:.3f}s"
+
+
 class TheWorldProcessor(ProcessorMixin):
     """
     An image processor and a Gemma tokenizer with TheWorld's three tokens, in one call.

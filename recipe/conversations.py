@@ -1,12 +1,13 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
 """
-Scenes as training sequences: a scene's questions in one row, after its world tokens, which are read once.
+Scenes and clips as training sequences: a scene's questions in one row, after its world tokens, which are read once.
 
 In most batches a question sees only the picture and itself, just as when it is asked alone; in the others it also
 sees the turns before it, so that the model can hold a conversation. Where there is a picture, each world token learns
 to name what is drawn at its place, which brings pictures and words together long before answers could.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import hypot, isqrt
@@ -16,7 +17,10 @@ from random import Random
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .scenes import SIZE, Question, Scene
+from theworld.processing_theworld import time_stamp
+
+from .clips import FPS, FRAMES_A_LATENT, NUM_FRAMES, Clip
+from .scenes import SIZE, Question, Scene, Thing
 
 
 CHAT_TEMPLATE = (Path(__file__).parents[1] / "chat_template.jinja").read_text()
@@ -36,11 +40,11 @@ class Segment:
 
 class RowMaker:
     """
-    Makes rows of scenes.
+    Makes rows of scenes and clips.
 
     Args:
         tokenizer: Gemma's, with `<world>` and its companions if images are to be seen.
-        num_world_tokens: World tokens an image; 0 for rows that are without the picture.
+        num_world_tokens: World tokens an image or a latent frame; 0 for rows that are without the picture.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, num_world_tokens: int):
@@ -63,22 +67,35 @@ class RowMaker:
         answered = encoded["assistant_masks"][len(self.opening) : -1]
         return token_ids, [token if said else IGNORED for token, said in zip(token_ids, answered, strict=True)]
 
-    def picture(self, scene: Scene, random: Random) -> Segment:
-        """The tokens of an image; the label after each is the colour or the shape, by lot, of what it shows."""
-        names = ["<start_of_world>", *["<world>"] * self.grid**2, "<end_of_world>"] if self.grid else []
+    def block(self, token: str, things: Sequence[Thing], random: Random) -> Segment:
+        """The tokens of an image or a latent frame; each token's label is the colour or the shape of what it shows."""
+        names = ["<start_of_world>", *[token] * self.grid**2, "<end_of_world>"]
         token_ids = self.tokenizer.convert_tokens_to_ids(names)
         labels = [IGNORED] * len(names)
-        pixels = SIZE / max(self.grid, 1)
+        pixels = SIZE / self.grid
         for place in range(self.grid**2):
             x, y = (place % self.grid + 0.5) * pixels, (place // self.grid + 0.5) * pixels
-            for thing in scene.things:
+            for thing in things:
                 if hypot(thing.x - x, thing.y - y) < thing.radius + pixels / 4:
                     name = random.choice((thing.colour, thing.shape))
                     labels[place + 2] = self.tokenizer.convert_tokens_to_ids(name)
         return Segment(token_ids, labels)
 
-    def row(self, scene: Scene, conversation: bool, random: Random) -> list[Segment]:
-        segments = [Segment(self.opening, [IGNORED] * len(self.opening)), self.picture(scene, random)]
+    def world(self, scene: Scene | Clip, random: Random) -> list[Segment]:
+        """What stands for an image, or for a clip: the time of each latent frame, and its tokens."""
+        if not self.grid:
+            return []
+        if isinstance(scene, Scene):
+            return [self.block("<world>", scene.things, random)]
+        segments = []
+        for frame in range(0, NUM_FRAMES, FRAMES_A_LATENT):
+            stamp = self.tokenizer(time_stamp(frame / FPS), add_special_tokens=False).input_ids
+            segments.append(Segment(stamp, [IGNORED] * len(stamp)))
+            segments.append(self.block("<world_video>", scene.things_at(frame), random))
+        return segments
+
+    def row(self, scene: Scene | Clip, conversation: bool, random: Random) -> list[Segment]:
+        segments = [Segment(self.opening, [IGNORED] * len(self.opening)), *self.world(scene, random)]
         questions = random.sample(scene.questions, min(QUESTIONS_PER_ROW, len(scene.questions)))
         for number, question in enumerate(questions):
             if conversation and number > 0:
@@ -86,9 +103,9 @@ class RowMaker:
             segments.append(Segment(*self.encode(question), group=0 if conversation else number + 1))
         return segments
 
-    def batch(self, scenes: list[Scene], random: Random) -> dict[str, torch.Tensor]:
+    def batch(self, scenes: Sequence[Scene | Clip], random: Random) -> dict[str, torch.Tensor]:
         """
-        The rows of some scenes.
+        The rows of some scenes or clips.
 
         Returns:
             `input_ids`, `labels`, `position_ids`: int64 [B, S]. `attention_mask`: bool [B, 1, S, S].

@@ -38,7 +38,7 @@ def train_tokenizer() -> GemmaTokenizer:
     bpe.train_from_iterator(words, BpeTrainer(vocab_size=512, show_progress=False))
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
 
-    vocabulary = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<unused{n}>" for n in range(3))]
+    vocabulary = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<unused{n}>" for n in range(4))]
     vocabulary += ["<start_of_turn>", "<end_of_turn>", "\n"]
     vocabulary += [f"<0x{byte:02X}>" for byte in range(256)]
     vocabulary += ["▁", *ALPHABET, *("".join(pair) for pair in merges)]
@@ -46,7 +46,7 @@ def train_tokenizer() -> GemmaTokenizer:
         vocab={token: index for index, token in enumerate(vocabulary)}, merges=merges, add_bos_token=True
     )
     # Gemma's own file lists these among its added tokens, so that no merge ever splits them.
-    tokenizer.add_tokens([*(f"<unused{n}>" for n in range(3)), "\n"])
+    tokenizer.add_tokens([*(f"<unused{n}>" for n in range(4)), "\n"])
     tokenizer.add_tokens(["<start_of_turn>", "<end_of_turn>"], special_tokens=True)
     return tokenizer
 

@@ -1,0 +1,106 @@
+# Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
+"""
+Videos to frames at a steady rate: which are taken, when each of them was, and what becomes of a remainder.
+
+What a frame looks like is the image processor's to say.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageSequence
+from transformers.video_utils import VideoMetadata, load_video
+
+
+def is_frame(item: Any) -> bool:
+    """Whether `item` is one picture: of PIL's and not an animation, or an array of three dimensions."""
+    if isinstance(item, Image.Image):
+        return getattr(item, "n_frames", 1) == 1
+    return getattr(item, "ndim", 0) == 3
+
+
+def is_video(item: Any) -> bool:
+    """Whether `item` is one video: a file's name, an animation, an array [T, ..], or a list of frames."""
+    if isinstance(item, list | tuple):
+        return len(item) > 0 and all(is_frame(frame) for frame in item)
+    return isinstance(item, str | Path) or getattr(item, "n_frames", 1) > 1 or getattr(item, "ndim", 0) == 4
+
+
+def flatten_videos(videos: Any) -> list:
+    """
+    The videos of all prompts in their order.
+
+    Raises:
+        TypeError: If something in `videos` is no video.
+    """
+    if videos is None:
+        return []
+    if is_video(videos):
+        return [videos]
+    if not isinstance(videos, list | tuple) and getattr(videos, "ndim", 0) != 5:
+        raise TypeError(
+            "A video is a list of PIL images or arrays [H, W, 3], an array [T, H, W, 3], an animated PIL image or the "
+            f"name of a file, got {type(videos).__name__}. A single picture is an image: give it as `images`."
+        )
+    return [video for entry in videos for video in flatten_videos(entry)]
+
+
+def times_of(num_frames: int, fps: float) -> np.ndarray:
+    """When each of `num_frames` frames begins, in seconds."""
+    return np.arange(num_frames) / fps
+
+
+def sample_frames(times: np.ndarray, fps: float) -> np.ndarray:
+    """
+    Which frames stand at every 1 / `fps` seconds from the first to the last, where they begin at `times` in seconds.
+
+    Of a slower video some stand more than once.
+    """
+    steady = times_of(int((times[-1] - times[0]) * fps + 1e-6) + 1, fps)
+    return np.searchsorted(times - times[0], steady + 1e-6, side="right") - 1
+
+
+def read_video(video: Any, fps: float, metadata: VideoMetadata | dict | None = None) -> tuple[Sequence, np.ndarray]:
+    """
+    The frames of a video at a steady rate.
+
+    Args:
+        video: As `is_video` says. A file is read by `transformers.video_utils.load_video`, which needs PyAV, but for
+            a GIF, which PIL reads.
+        fps: Frames a second that are wanted.
+        metadata: Says in `fps` how many frames a second an array or a list has; without it they are taken to be at the
+            wanted rate already, and none is left out.
+
+    Returns:
+        The frames, and when each was, in seconds.
+
+    Raises:
+        ValueError: If a rate is not positive.
+    """
+    own_fps = (metadata or {}).get("fps") or fps
+    if not (fps > 0 and own_fps > 0):
+        raise ValueError(f"`fps` must be positive, got {fps}, and {own_fps} in `video_metadata`.")
+    if isinstance(video, str | Path) and Path(video).suffix.lower() == ".gif":
+        with Image.open(video) as animation:
+            return read_video(animation, fps)
+    if isinstance(video, str | Path):
+        frames, _ = load_video(
+            str(video), sample_indices_fn=lambda of, **_: sample_frames(times_of(of.total_num_frames, of.fps), fps)
+        )
+        return frames, times_of(len(frames), fps)
+    if isinstance(video, Image.Image):
+        frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(video)]
+        lasts = [frame.info.get("duration", 100) / 1000 for frame in ImageSequence.Iterator(video)]
+        begins = np.cumsum([0, *lasts[:-1]])
+    else:
+        frames, begins = video, times_of(len(video), own_fps)
+    chosen = sample_frames(begins, fps)
+    return [frames[index] for index in chosen], times_of(len(chosen), fps)
+
+
+def fill_up(frames: Sequence, times: np.ndarray, ratio: int) -> tuple[list, np.ndarray]:
+    """Frames and their times with the last repeated until there are 1 + `ratio` k of them: none is dropped."""
+    missing = -(len(frames) - 1) % ratio
+    return [*frames, *[frames[-1]] * missing], np.append(times, [times[-1]] * missing)
