@@ -496,7 +496,8 @@ class TheWorldModel(TheWorldPreTrainedModel):
 
         world_tokens = self.get_world_tokens(pixel_values, world_latents, mm_encoder_outputs)
         vision_tokens = self.get_vision_tokens(vision_pixel_values, mm_encoder_outputs)
-        if token_type_ids is None and (world_tokens is not None or vision_tokens is not None):
+        images_came = world_tokens is not None or vision_tokens is not None
+        if images_came and token_type_ids is None and self.config.has_two_way_blocks:
             token_type_ids = self.get_token_types(input_ids, inputs_embeds)
         inputs_embeds = self.put_in_place(input_ids, inputs_embeds, world_tokens, "image")
         if self.config.vision_config is not None:

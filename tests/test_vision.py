@@ -109,12 +109,16 @@ def gemmas_batch(gemma_processor, **options):
 
 
 @pytest.mark.parametrize("pan_and_scan", [{}, {"do_pan_and_scan": True}], ids=["whole", "crops"])
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    "how",
+    [{"attn_implementation": "eager"}, {"attn_implementation": "sdpa"}, {"dtype": torch.bfloat16}],
+    ids=["eager", "sdpa", "bfloat16"],
+)
 def test_with_the_world_off_it_is_gemma_3_bit_for_bit(
-    gemma_folder, gemma_processor, checkpoint, processor, attention, pan_and_scan
+    gemma_folder, gemma_processor, checkpoint, processor, how, pan_and_scan
 ):
     gemma, model = (
-        auto_class.from_pretrained(folder, attn_implementation=attention, **options).eval()
+        auto_class.from_pretrained(folder, **how, **options).eval()
         for auto_class, folder, options in (
             (AutoModelForImageTextToText, gemma_folder, {}),
             (AutoModel, checkpoint, {"trust_remote_code": True}),
