@@ -47,7 +47,7 @@ from transformers import (
 
 from theworld import TheWorldConfig, TheWorldEncoderConfig, TheWorldForConditionalGeneration, TheWorldProcessor
 from theworld.configuration_theworld import UNSUPPORTED_VAE_FIELDS
-from theworld.modeling_theworld import TheWorldEncoder
+from theworld.encoder_theworld import TheWorldEncoder
 
 
 VAE_CLASS = "AutoencoderKLWan"
@@ -69,7 +69,14 @@ PAN_AND_SCAN = {
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # A shard is held in memory while it is written; Gemma 2 2B's embedding alone is 1.2 GB.
 MAX_SHARD_SIZE = "1GB"
-MODEL_FILES = ("configuration_theworld.py", "frames_theworld.py", "modeling_theworld.py", "processing_theworld.py")
+MODEL_FILES = (
+    "configuration_theworld.py",
+    "encoder_theworld.py",
+    "frames_theworld.py",
+    "modeling_theworld.py",
+    "processing_theworld.py",
+    "streams_theworld.py",
+)
 HERE = Path(__file__).parent
 
 

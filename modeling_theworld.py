@@ -16,41 +16,24 @@ Where Gemma 3 keeps its own eyes, an image also goes the way that Gemma made for
 from dataclasses import dataclass
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanEncoder3d, WanRMS_norm
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.masking_utils import create_causal_mask, create_masks_for_generate
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
-from transformers.models.gemma3.modeling_gemma3 import (
-    Gemma3MultiModalProjector,
-    create_masks_for_vision_model,
-    get_block_sequence_ids_for_mask,
-)
+from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 
-from .configuration_theworld import TheWorldConfig, TheWorldEncoderConfig
-from .frames_theworld import use_frame_modules
+from .configuration_theworld import TheWorldConfig
+from .encoder_theworld import TheWorldEncoder
+from .streams_theworld import STREAMS, Stream, create_block_masks
 
-
-# Images are encoded together up to so many pixels, which bounds memory: one of 256 x 256 on a CPU, where more at once
-# are slower, and eight of 512 x 512 elsewhere.
-PIXELS_AT_ONCE = {"cpu": 2**16, "accelerator": 2**21}
 
 # Attention of the engines that build a model with `AutoModel.from_config` and put their own head on it.
 ENGINE_ATTENTION = ("vllm", "sglang")
-
-# What may come beside text: for messages, the tokens' name, the token of their places, the inputs that bring them. The
-# keys are those of `mm_encoder_outputs`, and `{key}_token_id` of the config.
-STREAMS = {
-    "image": ("world", "<world>", "`pixel_values` or `world_latents`"),
-    "vision": ("Gemma's own", "<image_soft_token>", "`vision_pixel_values`"),
-}
-
-# `token_type_ids`, beside 0 for text. Gemma 3 has the first, too.
-VISION_TYPE, WORLD_TYPE = 1, 2
 
 
 @dataclass
@@ -65,76 +48,6 @@ class TheWorldCausalLMOutputWithPast(CausalLMOutputWithPast):
     """`CausalLMOutputWithPast`, and in `image_hidden_states` the world tokens [B, N, D] that went in."""
 
     image_hidden_states: torch.Tensor | None = None
-
-
-class TheWorldEncoder(nn.Module):
-    """
-    The encoder of a Wan VAE, built from diffusers' own modules, for images.
-
-    It holds the parameters of `AutoencoderKLWan.encoder` and `.quant_conv` under their diffusers names, and keeps
-    nothing between calls, so threads may share it.
-    """
-
-    def __init__(self, config: TheWorldEncoderConfig):
-        super().__init__()
-        self.config = config
-        self.encoder = WanEncoder3d(
-            in_channels=config.in_channels,
-            dim=config.base_dim,
-            z_dim=config.z_dim * 2,
-            dim_mult=list(config.dim_mult),
-            num_res_blocks=config.num_res_blocks,
-            temperal_downsample=list(config.temperal_downsample),
-            dropout=config.dropout,
-        )
-        self.quant_conv = WanCausalConv3d(config.z_dim * 2, config.z_dim * 2, 1)
-        use_frame_modules(self)
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """
-        Encodes images to the mode of their latent distribution: deterministic and differentiable.
-
-        Args:
-            pixel_values: [B, 3, H, W], floating point, in [-1, 1], H and W multiples of 8.
-
-        Returns:
-            Latents [B, z, H / 8, W / 8] in the encoder's dtype, not normalised; what
-            `AutoencoderKLWan.encode(pixel_values[:, :, None]).latent_dist.mode()[:, :, 0]` returns.
-
-        Raises:
-            TypeError: If `pixel_values` is not floating point.
-            ValueError: If its shape or its range is another.
-        """
-        channels, ratio = self.config.in_channels, self.config.spatial_compression_ratio
-        if not pixel_values.is_floating_point():
-            raise TypeError(
-                f"`pixel_values` must be floating point in [-1, 1], got {pixel_values.dtype}. "
-                "TheWorldProcessor converts images; by hand it is `image / 127.5 - 1`."
-            )
-        shape = tuple(pixel_values.shape)
-        if len(shape) != 4 or shape[1] != channels or 0 in shape or shape[2] % ratio or shape[3] % ratio:
-            raise ValueError(
-                f"`pixel_values` must be [B, {channels}, H, W] with one image or more and H and W multiples of "
-                f"{ratio}, got {list(shape)}. TheWorldProcessor resizes images to such a size."
-            )
-        # The slack is for rounding; NaN fails the comparison too.
-        torch_compilable_check(
-            pixel_values.abs().amax() <= 1.001,
-            "`pixel_values` must be in [-1, 1] (0..255 maps there by `image / 127.5 - 1`), but values lie outside, or "
-            "are NaN. TheWorldProcessor scales images to that range.",
-        )
-        images = pixel_values.to(self.quant_conv.weight.dtype)
-        if torch.compiler.is_compiling():  # the compiler chooses the layout, and one graph serves all sizes
-            return self.mode(images)
-        images = images.contiguous(memory_format=torch.channels_last)
-        limit = PIXELS_AT_ONCE["cpu" if images.device.type == "cpu" else "accelerator"]
-        at_once = max(1, limit // (shape[2] * shape[3]))
-        return torch.cat([self.mode(some) for some in images.split(at_once)])
-
-    def mode(self, images: torch.Tensor) -> torch.Tensor:
-        """Latents [B, z, h, w] of checked images [B, 3, H, W], all at once."""
-        mean, _logvar = self.quant_conv(self.encoder(images.unsqueeze(2))).chunk(2, dim=1)
-        return mean.squeeze(2)
 
 
 class TheWorldProjector(nn.Module):
@@ -180,54 +93,6 @@ class TheWorldProjector(nn.Module):
         if self.config.projector_type == "mlp":
             hidden_states = self.linear_2(F.gelu(hidden_states))
         return hidden_states
-
-
-def create_block_masks(
-    config: TheWorldConfig,
-    inputs_embeds: torch.Tensor,
-    attention_mask: torch.Tensor | dict | None,
-    past_key_values: Cache | None,
-    position_ids: torch.LongTensor | None,
-    token_type_ids: torch.LongTensor | None,
-) -> torch.Tensor | dict | None:
-    """
-    Gemma's attention masks, causal but inside an image's block, as Gemma 3's own classes make them.
-
-    Args:
-        inputs_embeds: [batch, S, ..]; only its shape, dtype and device count.
-        token_type_ids: [batch, S or more], 1 in blocks of Gemma's own image tokens, 2 in blocks of world tokens, 0
-            elsewhere; the last S count.
-
-    Returns:
-        What Gemma takes as `attention_mask`: masks by kind of layer, or one for all; or `attention_mask` as it came,
-        if no block is read both ways.
-
-    Raises:
-        ValueError: If the last token is inside a block that is read both ways.
-    """
-    if token_type_ids is None or not config.has_two_way_blocks or isinstance(attention_mask, dict):
-        return attention_mask
-    two_way = token_type_ids == VISION_TYPE
-    if config.world_attention == "bidirectional":
-        two_way |= token_type_ids == WORLD_TYPE
-    torch_compilable_check(
-        ~two_way[:, -1].any(),  # a block's end token follows it
-        "The prompt, or the chunk of it, ends inside an image's block, whose tokens see each other both ways. Give "
-        "the whole block at once: with a greater `prefill_chunk_size`, or none.",
-    )
-    # Before these positions all is in the past, which each sees anyhow.
-    past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
-    two_way = F.pad(two_way[:, -inputs_embeds.shape[1] :].long(), (past, 0))
-    arguments = {
-        "config": config.text_config,
-        "inputs_embeds": inputs_embeds,
-        "attention_mask": attention_mask,
-        "past_key_values": past_key_values,
-        "position_ids": position_ids,
-        "block_sequence_ids": get_block_sequence_ids_for_mask(two_way, device=inputs_embeds.device),
-    }
-    has_kinds = hasattr(config.text_config, "layer_types")
-    return create_masks_for_vision_model(**arguments) if has_kinds else create_causal_mask(**arguments)
 
 
 class TheWorldPreTrainedModel(PreTrainedModel):
@@ -291,7 +156,6 @@ class TheWorldModel(TheWorldPreTrainedModel):
             latents = (latents - mean) / std
         return latents
 
-    @can_return_tuple
     def get_image_features(
         self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple | BaseModelOutputWithPooling:
@@ -307,29 +171,16 @@ class TheWorldModel(TheWorldPreTrainedModel):
         Raises:
             TypeError, ValueError: As [`TheWorldEncoder.forward`] and [`TheWorldProjector.forward`].
         """
-        latents = self.get_world_latents(pixel_values)
-        return BaseModelOutputWithPooling(last_hidden_state=latents, pooler_output=self.world_projection(latents))
+        return self.get_latent_features(self.get_world_latents(pixel_values), **kwargs)
 
-    def get_world_tokens(
-        self,
-        pixel_values: torch.Tensor | None = None,
-        world_latents: torch.Tensor | None = None,
-        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-    ) -> torch.Tensor | None:
-        """
-        World tokens [B, N, D] from images in whichever form they came; None if none came.
-
-        Raises:
-            ValueError: If images came in more than one form.
-        """
-        encoded = (mm_encoder_outputs or {}).get("image")
-        if sum(form is not None for form in (pixel_values, world_latents, encoded)) > 1:
-            raise ValueError("Give the images once: as `pixel_values`, as `world_latents` or as `mm_encoder_outputs`.")
-        if pixel_values is not None:
-            return self.get_image_features(pixel_values, return_dict=True).pooler_output
-        if world_latents is not None:
-            return self.world_projection(world_latents)
-        return encoded.pooler_output if encoded is not None else None
+    @can_return_tuple
+    def get_latent_features(
+        self, world_latents: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple | BaseModelOutputWithPooling:
+        """As [`TheWorldModel.get_image_features`], from latents [B, z, h, w] that `get_world_latents` returned."""
+        return BaseModelOutputWithPooling(
+            last_hidden_state=world_latents, pooler_output=self.world_projection(world_latents)
+        )
 
     @can_return_tuple
     def get_vision_features(
@@ -371,29 +222,42 @@ class TheWorldModel(TheWorldPreTrainedModel):
                 f"{shape}. TheWorldProcessor makes them."
             )
 
-    def get_vision_tokens(
-        self,
-        vision_pixel_values: torch.Tensor | None = None,
-        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-    ) -> torch.Tensor | None:
+    def encode_streams(
+        self, mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None, **inputs: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
         """
-        Gemma's own image tokens [C, M, D] from images in whichever form they came; None if none came.
+        The tokens of each stream that came, in whichever form; by the stream's name, [images, N, D].
+
+        Args:
+            mm_encoder_outputs: As `forward` takes them.
+            inputs: `forward`'s arguments by the names that `STREAMS` lists.
 
         Raises:
-            ValueError: If images came in both forms.
+            ValueError: If a stream came in more than one form.
         """
-        encoded = (mm_encoder_outputs or {}).get("vision")
-        if vision_pixel_values is None:
-            return encoded.pooler_output if encoded is not None else None
-        if encoded is not None:
-            raise ValueError("Give the images once: as `vision_pixel_values` or as `mm_encoder_outputs`.")
-        return self.get_vision_features(vision_pixel_values, return_dict=True).pooler_output
+        tokens = {}
+        for stream in STREAMS:
+            encoded = (mm_encoder_outputs or {}).get(stream.name)
+            came = [name for name in stream.inputs if inputs.get(name) is not None]
+            if len(came) + (encoded is not None) > 1:
+                forms = " or as ".join(f"`{form}`" for form in (*stream.inputs, "mm_encoder_outputs"))
+                raise ValueError(f"Give the images once: as {forms}.")
+            for name in came:
+                encoded = getattr(self, stream.inputs[name])(inputs[name], return_dict=True)
+            if encoded is not None:
+                tokens[stream.name] = encoded.pooler_output
+        return tokens
+
+    @property
+    def streams(self) -> list[Stream]:
+        """Those that have places in this model's prompts."""
+        return [stream for stream in STREAMS if stream.token_id(self.config) is not None]
 
     def find_places(
-        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None, stream: str
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None, stream: Stream
     ) -> torch.Tensor:
         """Boolean mask [batch, S] of a stream's places, found by id, or by embedding where there are no ids."""
-        token_id = getattr(self.config, f"{stream}_token_id")
+        token_id = stream.token_id(self.config)
         if input_ids is not None:
             return input_ids == token_id
         token_id = torch.tensor(token_id, device=inputs_embeds.device)
@@ -403,17 +267,16 @@ class TheWorldModel(TheWorldPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None,
         inputs_embeds: torch.Tensor | None,
-        image_features: torch.Tensor,
-        stream: str = "image",
+        features: torch.Tensor,
+        stream: Stream,
     ) -> torch.Tensor:
         """
         Finds the places of a stream's tokens, and checks that there are as many places as tokens.
 
         Args:
-            input_ids: [batch, S], or None to compare `inputs_embeds` with the embedding of `<world>`.
+            input_ids: [batch, S], or None to compare `inputs_embeds` with the embedding of a place.
             inputs_embeds: [batch, S, D]; needed only without `input_ids`.
-            image_features: World tokens [B, N, D], or Gemma's own [C, M, D].
-            stream: A key of `STREAMS`.
+            features: The stream's tokens [images, N, D].
 
         Returns:
             Boolean mask [batch, S, 1].
@@ -422,51 +285,45 @@ class TheWorldModel(TheWorldPreTrainedModel):
             ValueError: If the numbers differ.
         """
         mask = self.find_places(input_ids, inputs_embeds, stream)
-        num_images, num_tokens = image_features.shape[:2]
-        name, token, _ = STREAMS[stream]
+        num_images, num_tokens = features.shape[:2]
         torch_compilable_check(
             mask.sum() == num_images * num_tokens,
             lambda: (
-                f"{num_images} image(s) of {num_tokens} {name} tokens need {num_images * num_tokens} `{token}` "
-                f"places, but the prompts have {mask.sum(-1).tolist()}. TheWorldProcessor expands one `<world>` an "
-                "image."
+                f"{num_images} image(s) of {num_tokens} {stream.kind} tokens need {num_images * num_tokens} "
+                f"`{stream.token}` places, but the prompts have {mask.sum(-1).tolist()}. TheWorldProcessor expands "
+                "one `<world>` an image."
             ),
         )
         return mask.unsqueeze(-1)
 
     def put_in_place(
-        self,
-        input_ids: torch.LongTensor | None,
-        inputs_embeds: torch.Tensor,
-        tokens: torch.Tensor | None,
-        stream: str,
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor, tokens: dict[str, torch.Tensor]
     ) -> torch.Tensor:
         """
-        `inputs_embeds` [batch, S, D] with a stream's tokens in their places.
+        `inputs_embeds` [batch, S, D] with the streams' tokens in their places.
 
         Raises:
             ValueError: If tokens and places differ in number, or places came without tokens.
         """
-        if tokens is not None:
-            mask = self.get_placeholder_mask(input_ids, inputs_embeds, tokens, stream)
-            return inputs_embeds.masked_scatter(mask, tokens.to(inputs_embeds.device, inputs_embeds.dtype))
-        if input_ids is not None and input_ids.shape[1] > 1:  # a prompt: decoding goes on one token at a time
-            _, token, inputs = STREAMS[stream]
-            torch_compilable_check(
-                ~self.find_places(input_ids, inputs_embeds, stream).any(),
-                f"The prompt has `{token}` places but no image came with it. Give {inputs}, or leave `{token}` out of "
-                "the prompt.",
-            )
+        for stream in self.streams:
+            if stream.name in tokens:
+                features = tokens[stream.name].to(inputs_embeds.device, inputs_embeds.dtype)
+                mask = self.get_placeholder_mask(input_ids, inputs_embeds, features, stream)
+                inputs_embeds = inputs_embeds.masked_scatter(mask, features)
+            elif input_ids is not None and input_ids.shape[1] > 1:  # a prompt: decoding goes one token at a time
+                torch_compilable_check(
+                    ~self.find_places(input_ids, inputs_embeds, stream).any(),
+                    f"The prompt has `{stream.token}` places but no image came with it. Give "
+                    f"{' or '.join(f'`{name}`' for name in stream.inputs)}, or leave `{stream.token}` out of the "
+                    "prompt.",
+                )
         return inputs_embeds
 
     def get_token_types(
         self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None
     ) -> torch.LongTensor:
         """What each token of a prompt stands for, [batch, S]: 0 text, 1 one of Gemma's own, 2 a world token."""
-        types = WORLD_TYPE * self.find_places(input_ids, inputs_embeds, "image").long()
-        if self.config.vision_config is not None:
-            types += VISION_TYPE * self.find_places(input_ids, inputs_embeds, "vision").long()
-        return types
+        return sum(stream.type_id * self.find_places(input_ids, inputs_embeds, stream) for stream in self.streams)
 
     @can_return_tuple
     def forward(
@@ -494,15 +351,15 @@ class TheWorldModel(TheWorldPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
-        world_tokens = self.get_world_tokens(pixel_values, world_latents, mm_encoder_outputs)
-        vision_tokens = self.get_vision_tokens(vision_pixel_values, mm_encoder_outputs)
-        images_came = world_tokens is not None or vision_tokens is not None
-        if images_came and token_type_ids is None and self.config.has_two_way_blocks:
+        tokens = self.encode_streams(
+            mm_encoder_outputs,
+            pixel_values=pixel_values,
+            world_latents=world_latents,
+            vision_pixel_values=vision_pixel_values,
+        )
+        if tokens and token_type_ids is None and self.config.has_two_way_blocks:
             token_type_ids = self.get_token_types(input_ids, inputs_embeds)
-        inputs_embeds = self.put_in_place(input_ids, inputs_embeds, world_tokens, "image")
-        if self.config.vision_config is not None:
-            inputs_embeds = self.put_in_place(input_ids, inputs_embeds, vision_tokens, "vision")
-
+        inputs_embeds = self.put_in_place(input_ids, inputs_embeds, tokens)
         attention_mask = create_block_masks(
             self.config, inputs_embeds, attention_mask, past_key_values, position_ids, token_type_ids
         )
@@ -518,7 +375,7 @@ class TheWorldModel(TheWorldPreTrainedModel):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=world_tokens,
+            image_hidden_states=tokens.get("image"),
         )
 
 
@@ -694,20 +551,24 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
         self,
         prompts: torch.LongTensor | None,
         inputs_embeds: torch.Tensor | None,
-        tokens: torch.Tensor,
-        stream: str,
+        tokens: dict[str, torch.Tensor],
         times: int,
-    ) -> torch.Tensor:
-        """A stream's tokens for `times` beams a prompt: [A, B] of one prompt becomes [A, B, A, B]."""
-        mask = self.model.get_placeholder_mask(prompts, inputs_embeds, tokens, stream)
-        places, places_per_image = mask.sum((1, 2)), tokens.shape[1]
-        if (places % places_per_image).any():
-            raise ValueError(
-                f"An image's {places_per_image} `{STREAMS[stream][1]}` places must be in one prompt, but the prompts "
-                f"have {places.tolist()}."
-            )
-        images_by_prompt = tokens.split((places // places_per_image).tolist())
-        return torch.cat([images.repeat(times, 1, 1) for images in images_by_prompt])
+    ) -> dict[str, BaseModelOutputWithPooling]:
+        """The streams' tokens for `times` beams a prompt: images [A, B] of one prompt become [A, B, A, B]."""
+        outputs = {}
+        for stream in (stream for stream in STREAMS if stream.name in tokens):
+            features = tokens[stream.name]
+            mask = self.model.get_placeholder_mask(prompts, inputs_embeds, features, stream)
+            places, places_per_image = mask.sum((1, 2)), features.shape[1]
+            if (places % places_per_image).any():
+                raise ValueError(
+                    f"An image's {places_per_image} `{stream.token}` places must be in one prompt, but the prompts "
+                    f"have {places.tolist()}."
+                )
+            by_prompt = features.split((places // places_per_image).tolist())
+            repeated = torch.cat([images.repeat(times, 1, 1) for images in by_prompt])
+            outputs[stream.name] = BaseModelOutputWithPooling(pooler_output=repeated)
+        return outputs
 
     def _expand_inputs_for_generation(
         self,
@@ -722,29 +583,19 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
         A prompt's images stay together. What a cache holds was read with its images: those that come now are for the
         rest of the prompt.
         """
-        taken = ("pixel_values", "world_latents", "vision_pixel_values", "mm_encoder_outputs")
-        pixels, latents, vision_pixels, encoded = (model_kwargs.pop(name, None) for name in taken)
-        streams = {
-            "image": self.model.get_world_tokens(pixels, latents, encoded),
-            "vision": self.model.get_vision_tokens(vision_pixels, encoded),
-        }
-        streams = {stream: tokens for stream, tokens in streams.items() if tokens is not None}
-        if streams:
+        names = ["mm_encoder_outputs", *(name for stream in STREAMS for name in stream.inputs)]
+        tokens = self.model.encode_streams(**{name: model_kwargs.pop(name, None) for name in names})
+        if tokens:
             cache, embeds = model_kwargs.get("past_key_values"), model_kwargs.get("inputs_embeds")
             prompts = input_ids[:, cache.get_seq_length() if cache is not None else 0 :] if input_ids.numel() else None
             if self.config.has_two_way_blocks and model_kwargs.get("token_type_ids") is None:
                 model_kwargs["token_type_ids"] = self.model.get_token_types(prompts, embeds)
-            streams = {
-                stream: self._repeat_by_prompt(prompts, embeds, tokens, stream, expand_size)
-                for stream, tokens in streams.items()
-            }
+            encoded = self._repeat_by_prompt(prompts, embeds, tokens, expand_size)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
-        if streams:
-            model_kwargs["mm_encoder_outputs"] = {
-                stream: BaseModelOutputWithPooling(pooler_output=tokens) for stream, tokens in streams.items()
-            }
+        if tokens:
+            model_kwargs["mm_encoder_outputs"] = encoded
         return input_ids, model_kwargs
 
 

@@ -251,6 +251,17 @@ def test_chunked_prefill_takes_whole_blocks_and_says_so(model, processor):
         generate(model, inputs, prefill_chunk_size=last - 3)
 
 
+def test_flash_attention_is_refused_where_it_would_read_a_block_as_if_it_were_text(model, processor):
+    """Of a mask it is told the padding only."""
+    model.config.text_config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="Flash attention reads no image's block both ways"):
+        model(**batch(processor))
+    for allowed in (batch(processor, vision=False), batch(processor, world=False, vision=False)):
+        embeds = model.get_input_embeddings()(allowed["input_ids"])
+        masks = (allowed["attention_mask"], None, None, allowed["token_type_ids"])
+        model.create_masks_for_generate(model.config, embeds, *masks)
+
+
 def test_a_second_image_goes_on_from_the_first_ones_cache(model, processor):
     """Bit for bit is too much to ask: the keys of the past are multiplied in other sizes."""
     images = photos(2)
