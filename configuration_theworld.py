@@ -1,6 +1,10 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
-"""Configuration of TheWorld: the Wan VAE's encoder (`world_config`), Gemma (`text_config`), and how they meet."""
+"""
+Configuration of TheWorld: the Wan VAE's encoder (`world_config`), Gemma (`text_config`), and how they meet; and Gemma
+3's own vision (`vision_config`), where it is kept.
+"""
 
+import math
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -16,6 +20,7 @@ AUTO_MAP = {
 }
 
 TEXT_MODEL_TYPES = ("gemma", "gemma2", "gemma3_text")
+VISION_MODEL_TYPE = "siglip_vision_model"
 
 # Fields of diffusers' `AutoencoderKLWan` that change the encoder in ways TheWorld does not read, once they are set.
 UNSUPPORTED_VAE_FIELDS = ("is_residual", "patch_size", "attn_scales")
@@ -118,6 +123,12 @@ class TheWorldConfig(PreTrainedConfig):
         image_token_id: Id of `<world>`, the token that world tokens take the place of. Default: Gemma 2's `<unused0>`.
         start_of_world_token_id: Id of `<start_of_world>`, just before an image's world tokens.
         end_of_world_token_id: Id of `<end_of_world>`, just after them.
+        world_attention: `"causal"`, or `"bidirectional"`: the world tokens of an image see each other both ways.
+        vision_config: Gemma 3's own vision tower, a SigLIP; its config or a dict of its fields. None: there is none.
+        mm_tokens_per_image: Tokens that Gemma's projector makes of what the tower sees, a square number.
+        vision_token_id: Id of `<image_soft_token>`, which Gemma's image tokens take the place of.
+        boi_token_id, eoi_token_id: Ids of `<start_of_image>` and `<end_of_image>`, around them.
+        world_first: Whether the world tokens of an image come before Gemma's own.
 
     Example:
 
@@ -130,7 +141,7 @@ class TheWorldConfig(PreTrainedConfig):
     """
 
     model_type = "theworld"
-    sub_configs = {"world_config": TheWorldEncoderConfig, "text_config": AutoConfig}
+    sub_configs = {"world_config": TheWorldEncoderConfig, "text_config": AutoConfig, "vision_config": AutoConfig}
 
     world_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
@@ -142,6 +153,13 @@ class TheWorldConfig(PreTrainedConfig):
     image_token_id: int = 7
     start_of_world_token_id: int = 8
     end_of_world_token_id: int = 9
+    world_attention: Literal["causal", "bidirectional"] = "causal"
+    vision_config: dict | PreTrainedConfig | None = None
+    mm_tokens_per_image: int = 256
+    vision_token_id: int | None = None
+    boi_token_id: int | None = None
+    eoi_token_id: int | None = None
+    world_first: bool = True
     tie_word_embeddings: bool = True
     auto_map: dict | None = None
 
@@ -151,6 +169,8 @@ class TheWorldConfig(PreTrainedConfig):
         if not isinstance(self.text_config, PreTrainedConfig):
             text_config = {"model_type": "gemma2", **(self.text_config or {})}
             self.text_config = AutoConfig.for_model(**text_config)
+        if isinstance(self.vision_config, dict):
+            self.vision_config = AutoConfig.for_model(**{"model_type": VISION_MODEL_TYPE, **self.vision_config})
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
         # Stated here, not left to saving: `save_pretrained` only ever records the one Auto class a model came through.
         self.auto_map = dict(AUTO_MAP)
@@ -190,6 +210,35 @@ class TheWorldConfig(PreTrainedConfig):
                 "`image_token_id`, `start_of_world_token_id` and `end_of_world_token_id` must be three different ids "
                 f"below the vocabulary's {self.text_config.vocab_size}, got {token_ids}."
             )
+        if self.vision_config is not None:
+            self._validate_vision(token_ids)
+
+    def _validate_vision(self, world_token_ids: tuple[int, int, int]):
+        """The fields of Gemma 3's own vision against each other and the rest."""
+        vision = self.vision_config
+        if vision.model_type != VISION_MODEL_TYPE or self.text_config.model_type != "gemma3_text":
+            raise ValueError(
+                f"`vision_config` is Gemma 3's own tower: it must be a {VISION_MODEL_TYPE!r} beside a 'gemma3_text', "
+                f"got {vision.model_type!r} beside {self.text_config.model_type!r}."
+            )
+        patches, tokens = vision.image_size // vision.patch_size, math.isqrt(max(self.mm_tokens_per_image, 0))
+        if tokens**2 != self.mm_tokens_per_image or not tokens or patches % tokens:
+            raise ValueError(
+                f"`mm_tokens_per_image` must be the square of a divisor of the tower's {patches} patches a side, got "
+                f"{self.mm_tokens_per_image}."
+            )
+        token_ids = (self.vision_token_id, self.boi_token_id, self.eoi_token_id)
+        known = [token_id for token_id in token_ids if token_id is not None]
+        if len({*known, *world_token_ids}) != 6 or not all(0 <= i < self.text_config.vocab_size for i in known):
+            raise ValueError(
+                "With `vision_config`, `vision_token_id`, `boi_token_id` and `eoi_token_id` must be three more ids "
+                f"below the vocabulary's {self.text_config.vocab_size}, got {token_ids} beside {world_token_ids}."
+            )
+
+    @property
+    def has_two_way_blocks(self) -> bool:
+        """Whether the tokens inside some block of an image see those after them."""
+        return self.vision_config is not None or self.world_attention == "bidirectional"
 
     @property
     def patch_size(self) -> int:

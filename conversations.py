@@ -77,10 +77,20 @@ class ConversationCollator:
     Args:
         processor: The model's.
         max_length: Tokens that a conversation may have, world tokens included; None for no limit.
+
+    Raises:
+        ValueError: If the processor is that of a checkpoint with Gemma 3's own vision.
     """
 
     processor: ProcessorMixin
     max_length: int | None = None
+
+    def __post_init__(self):
+        if getattr(self.processor, "vision_settings", None) is not None:
+            raise ValueError(
+                "Conversations become labels for world tokens alone, and this checkpoint keeps Gemma 3's own vision. "
+                "Train one that was converted without --vision."
+            )
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -37,6 +38,7 @@ from tqdm import tqdm
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    Gemma3ImageProcessorPil,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
@@ -45,20 +47,36 @@ from transformers import (
 
 from theworld import TheWorldConfig, TheWorldEncoderConfig, TheWorldForConditionalGeneration, TheWorldProcessor
 from theworld.configuration_theworld import UNSUPPORTED_VAE_FIELDS
-from theworld.modeling_theworld import TheWorldEncoder
+from theworld.encoder_theworld import TheWorldEncoder
 
 
 VAE_CLASS = "AutoencoderKLWan"
+MULTIMODAL_GEMMA = "Gemma3ForConditionalGeneration"
 GEMMA_ARCHITECTURES = (
     "GemmaForCausalLM",
     "Gemma2ForCausalLM",
     "Gemma3ForCausalLM",
-    "Gemma3ForConditionalGeneration",
+    MULTIMODAL_GEMMA,
 )
+# Gemma3Processor's own, which its preprocessor_config.json leaves open (tests/test_vision.py compares with it).
+PAN_AND_SCAN = {
+    "do_convert_rgb": True,
+    "do_pan_and_scan": False,
+    "pan_and_scan_min_crop_size": 256,
+    "pan_and_scan_max_num_crops": 4,
+    "pan_and_scan_min_ratio_to_activate": 1.2,
+}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # A shard is held in memory while it is written; Gemma 2 2B's embedding alone is 1.2 GB.
 MAX_SHARD_SIZE = "1GB"
-MODEL_FILES = ("configuration_theworld.py", "frames_theworld.py", "modeling_theworld.py", "processing_theworld.py")
+MODEL_FILES = (
+    "configuration_theworld.py",
+    "encoder_theworld.py",
+    "frames_theworld.py",
+    "modeling_theworld.py",
+    "processing_theworld.py",
+    "streams_theworld.py",
+)
 HERE = Path(__file__).parent
 
 
@@ -75,9 +93,15 @@ def map_vae_key(key: str) -> str | None:
     raise ConversionError(f"The VAE's checkpoint has a tensor {key!r}, which no {VAE_CLASS} has.")
 
 
-def map_gemma_key(key: str) -> str | None:
-    """TheWorld's name of a Gemma tensor, in any layout transformers has saved; None if TheWorld has no use for it."""
-    if re.match(r"(model\.)?(vision_tower|multi_modal_projector)\.", key) or key.endswith("rotary_emb.inv_freq"):
+def map_gemma_key(key: str, vision: bool = False) -> str | None:
+    """
+    TheWorld's name of a Gemma tensor, in any layout transformers has saved; None if TheWorld has no use for it.
+
+    `vision` keeps the tower and projector of a multimodal Gemma 3.
+    """
+    if match := re.match(r"(?:model\.)?(vision_tower|multi_modal_projector)\.(?:vision_model\.)?", key):
+        return f"model.{match[1]}.{key[match.end() :]}" if vision else None
+    if key.endswith("rotary_emb.inv_freq"):
         return None
     if key in ("lm_head.weight", "language_model.lm_head.weight"):
         return "lm_head.weight"
@@ -189,6 +213,25 @@ def read_text_config(gemma: Source) -> PreTrainedConfig:
     return AutoConfig.from_pretrained(gemma.folder).get_text_config()
 
 
+def read_vision_fields(gemma: Source, dtype: str) -> dict:
+    """The fields of [`TheWorldConfig`] that keep a multimodal Gemma 3's own vision; refuses other Gemmas."""
+    architecture = (gemma.read_config().get("architectures") or [None])[0]
+    if architecture != MULTIMODAL_GEMMA:
+        raise ConversionError(
+            f"{gemma.name}: --vision keeps the tower of a {MULTIMODAL_GEMMA}, got {architecture}. Leave it out."
+        )
+    config = AutoConfig.from_pretrained(gemma.folder)
+    config.vision_config.dtype = dtype
+    config.vision_config.name_or_path = ""
+    return {
+        "vision_config": config.vision_config,
+        "mm_tokens_per_image": config.mm_tokens_per_image,
+        "vision_token_id": config.image_token_id,
+        "boi_token_id": config.boi_token_id,
+        "eoi_token_id": config.eoi_token_id,
+    }
+
+
 def add_world_tokens(gemma: Source) -> PreTrainedTokenizerBase:
     """
     Gemma's tokenizer with TheWorld's three tokens.
@@ -248,7 +291,12 @@ def build_config(
     return config
 
 
-def build_processor(config: TheWorldConfig, tokenizer: PreTrainedTokenizerBase, image_size: int) -> TheWorldProcessor:
+def build_processor(
+    config: TheWorldConfig, tokenizer: PreTrainedTokenizerBase, image_size: int, gemma: Source
+) -> TheWorldProcessor:
+    vision_settings = None
+    if config.vision_config is not None:
+        vision_settings = Gemma3ImageProcessorPil.from_pretrained(gemma.folder).to_dict() | PAN_AND_SCAN
     return TheWorldProcessor(
         SiglipImageProcessorPil(
             size={"height": image_size, "width": image_size}, image_mean=[0.5] * 3, image_std=[0.5] * 3
@@ -258,6 +306,9 @@ def build_processor(config: TheWorldConfig, tokenizer: PreTrainedTokenizerBase, 
         patch_size=config.patch_size,
         image_seq_length=config.world_config.z_dim if config.token_layout == "channel" else None,
         compression_ratio=config.world_config.spatial_compression_ratio,
+        vision_settings=vision_settings,
+        vision_seq_length=config.mm_tokens_per_image,
+        world_first=config.world_first,
     )
 
 
@@ -408,13 +459,14 @@ def complete_or_absent(output: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def write_generation_config(gemma: Source, config: TheWorldConfig, folder: Path) -> None:
-    """Gemma's own generation config; world tokens go in and never come out."""
+    """Gemma's own generation config; world tokens, and Gemma's own for an image, go in and never come out."""
     if (gemma.folder / "generation_config.json").is_file():
         generation_config = GenerationConfig.from_pretrained(gemma.folder)
     else:
         generation_config = GenerationConfig.from_model_config(config.text_config)
     world_token_ids = [config.image_token_id, config.start_of_world_token_id, config.end_of_world_token_id]
-    generation_config.suppress_tokens = world_token_ids
+    vision_token_ids = [config.vision_token_id, config.boi_token_id, config.eoi_token_id]
+    generation_config.suppress_tokens = world_token_ids + (vision_token_ids if config.vision_config else [])
     generation_config.save_pretrained(folder)
 
 
@@ -466,6 +518,7 @@ NVIDIA's or the Wan team's licence for the VAE.
 PARTS = {
     "world encoder": "model.world_encoder.",
     "projection": "model.world_projection.",
+    "Gemma's own vision": ("model.vision_tower.", "model.multi_modal_projector."),
     "Gemma": ("model.language_model.", "lm_head."),
 }
 
@@ -500,6 +553,7 @@ def convert(
     dtype: str = "bfloat16",
     overwrite: bool = False,
     title: str | None = None,
+    vision: bool = False,
     **layout,
 ) -> Report:
     """
@@ -512,7 +566,9 @@ def convert(
         dtype: Of the written weights, a key of `DTYPES`.
         overwrite: Whether what `output` holds may be replaced.
         title: What the card calls the model; the folder's name by default.
-        layout: `projector_type`, `token_layout`, `latent_merge_size`, `normalize_latents` of [`TheWorldConfig`].
+        vision: Whether to keep the vision of a multimodal Gemma 3, beside the world tokens.
+        layout: `projector_type`, `token_layout`, `latent_merge_size`, `normalize_latents`, `world_attention`,
+            `world_first` of [`TheWorldConfig`].
 
     Raises:
         ConversionError: If a source is not what it should be, or `output` may not be written.
@@ -526,24 +582,27 @@ def convert(
         world_config, text_config = read_world_config(vae), read_text_config(gemma)
         vocab_size = text_config.vocab_size
         tokenizer = add_world_tokens(gemma)
+        layout |= read_vision_fields(gemma, dtype) if vision else {}
         config = build_config(world_config, text_config, tokenizer, image_size, dtype, **layout)
         vae_checkpoint = Checkpoint.open(vae.folder, "diffusion_pytorch_model")
         gemma_checkpoint = Checkpoint.open(gemma.folder, "model")
         with torch.device("meta"):
             model = TheWorldForConditionalGeneration(config)
-        plan = plan_tensors(model, vocab_size, [(vae_checkpoint, map_vae_key), (gemma_checkpoint, map_gemma_key)])
+        map_key = partial(map_gemma_key, vision=vision)
+        plan = plan_tensors(model, vocab_size, [(vae_checkpoint, map_vae_key), (gemma_checkpoint, map_key)])
 
         write_shards(folder, plan, DTYPES[dtype])
         config.save_pretrained(folder)
-        build_processor(config, tokenizer, image_size).save_pretrained(folder)
+        build_processor(config, tokenizer, image_size, gemma).save_pretrained(folder)
         write_generation_config(gemma, config, folder)
         for file in MODEL_FILES:
             shutil.copyfile(HERE / file, folder / file)
         write_card(folder, vae, gemma, config, title or output.name)
         return Report(
             parameters={
-                part: sum(shape.numel() for name, shape in plan.shapes.items() if name.startswith(prefix))
+                part: count
                 for part, prefix in PARTS.items()
+                if (count := sum(shape.numel() for name, shape in plan.shapes.items() if name.startswith(prefix)))
             },
             dtype=DTYPES[dtype],
             dropped=plan.dropped,
@@ -570,6 +629,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     add("--latent-merge-size", type=int, default=1, metavar="N", help="pack NxN positions into a token (%(default)s)")
     add("--normalize-latents", action="store_true", help="apply (z - mean) / std before the projection")
+    add("--vision", action="store_true", help="keep the vision tower of a Gemma 3 that has one, beside the world")
+    add("--vision-first", action="store_true", help="put Gemma's own tokens of an image before its world tokens")
+    add(
+        "--world-attention",
+        choices=["causal", "bidirectional"],
+        default="causal",
+        help="how the world tokens of an image see each other (%(default)s)",
+    )
     add("--dtype", choices=list(DTYPES), default="bfloat16", help="of the written weights (%(default)s)")
     add("--push-to-hub", metavar="ORG/NAME", help="upload the finished folder to this Hub repo")
     add("--overwrite", action="store_true", help="replace what --output holds")
@@ -591,6 +658,9 @@ def main(arguments: list[str] | None = None) -> int:
             token_layout=args.token_layout,
             latent_merge_size=args.latent_merge_size,
             normalize_latents=args.normalize_latents,
+            vision=args.vision,
+            world_attention=args.world_attention,
+            world_first=not args.vision_first,
         )
         print(report)
         if args.push_to_hub:

@@ -7,27 +7,30 @@ TheWorld: the latent of an image, one token a position, read by Gemma.
 
     pixel_values [B, 3, H, W] -> TheWorldEncoder -> latents [B, z, h, w] -> TheWorldProjector -> world tokens [B, N, D]
     input_ids [.., S] -> embeddings [.., S, D], with world tokens in the places of `<world>` -> Gemma -> logits
+
+Where Gemma 3 keeps its own eyes, an image also goes the way that Gemma made for it, M tokens an image or crop:
+
+    vision_pixel_values [C, 3, s, s] -> SigLIP -> Gemma's projector -> [C, M, D], in the places of `<image_soft_token>`
 """
 
 from dataclasses import dataclass
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanEncoder3d, WanRMS_norm
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 
-from .configuration_theworld import TheWorldConfig, TheWorldEncoderConfig
-from .frames_theworld import use_frame_modules
+from .configuration_theworld import TheWorldConfig
+from .encoder_theworld import TheWorldEncoder
+from .streams_theworld import STREAMS, Stream, create_block_masks
 
-
-# Images are encoded together up to so many pixels, which bounds memory: one of 256 x 256 on a CPU, where more at once
-# are slower, and eight of 512 x 512 elsewhere.
-PIXELS_AT_ONCE = {"cpu": 2**16, "accelerator": 2**21}
 
 # Attention of the engines that build a model with `AutoModel.from_config` and put their own head on it.
 ENGINE_ATTENTION = ("vllm", "sglang")
@@ -45,140 +48,6 @@ class TheWorldCausalLMOutputWithPast(CausalLMOutputWithPast):
     """`CausalLMOutputWithPast`, and in `image_hidden_states` the world tokens [B, N, D] that went in."""
 
     image_hidden_states: torch.Tensor | None = None
-
-
-@dataclass
-class VideoCache:
-    """
-    What the encoder is to remember of videos whose next frames are still to come; the caller holds it.
-
-    A call of [`TheWorldEncoder`] reads on from it and replaces what it holds, but never writes to a tensor in it. So
-    `copy.copy(cache)` stays at a place in the videos, and two continuations may start from there. Its size does not
-    depend on how many frames there were.
-    """
-
-    shape: tuple[int, ...] = ()  # of the videos: B, 3, H, W
-    num_frames: int = 0
-    # diffusers' `feat_cache` of each part of the batch that is encoded together.
-    layers: tuple[list[torch.Tensor | None], ...] = ()
-
-
-class TheWorldEncoder(nn.Module):
-    """
-    The encoder of a Wan VAE, built from diffusers' own modules, for images and videos.
-
-    It holds the parameters of `AutoencoderKLWan.encoder` and `.quant_conv` under their diffusers names, and keeps
-    nothing between calls, so threads may share it.
-    """
-
-    def __init__(self, config: TheWorldEncoderConfig):
-        super().__init__()
-        self.config = config
-        self.encoder = WanEncoder3d(
-            in_channels=config.in_channels,
-            dim=config.base_dim,
-            z_dim=config.z_dim * 2,
-            dim_mult=list(config.dim_mult),
-            num_res_blocks=config.num_res_blocks,
-            temperal_downsample=list(config.temperal_downsample),
-            dropout=config.dropout,
-        )
-        self.quant_conv = WanCausalConv3d(config.z_dim * 2, config.z_dim * 2, 1)
-        use_frame_modules(self)
-
-    def forward(self, pixel_values: torch.Tensor, cache: VideoCache | None = None) -> torch.Tensor:
-        """
-        Encodes images or videos to the mode of their latent distribution: deterministic and differentiable.
-
-        A video goes through a few frames at a time, and each latent frame knows all frames before it: the first is
-        that of the first frame as an image, and each other is made of `config.temporal_compression_ratio` = 4 frames.
-
-        Args:
-            pixel_values: Images [B, 3, H, W] or videos [B, T, 3, H, W], floating point, in [-1, 1], H and W multiples
-                of 8, T = 1 + 4k.
-            cache: For videos whose next frames come in another call: give the same one each time. After the first
-                call, T = 4k.
-
-        Returns:
-            Latents [B, z, H / 8, W / 8] of images, [B, 1 + k, z, H / 8, W / 8] of videos (k of them where it goes on
-            from a cache), in the encoder's dtype, not normalised; what
-            `AutoencoderKLWan.encode(videos.transpose(1, 2)).latent_dist.mode().transpose(1, 2)` returns.
-
-        Raises:
-            TypeError: If `pixel_values` is not floating point.
-            ValueError: If its shape or its range is another, or the cache is one of other videos.
-        """
-        self.check(pixel_values)
-        pixels = pixel_values.to(self.quant_conv.weight.dtype)
-        if pixels.dim() == 5:
-            return self.encode_videos(pixels, VideoCache() if cache is None else cache)
-        if cache is not None:
-            raise ValueError("A `cache` goes with videos [B, T, 3, H, W], but images came.")
-        if torch.compiler.is_compiling():  # the compiler chooses the layout, and one graph serves all sizes
-            return self.mode(pixels.unsqueeze(2)).squeeze(2)
-        pixels = pixels.contiguous(memory_format=torch.channels_last)
-        return torch.cat([self.mode(some.unsqueeze(2)).squeeze(2) for some in pixels.split(self.at_once(pixels))])
-
-    def check(self, pixel_values: torch.Tensor) -> None:
-        """Raises the errors of `forward` that pixels alone can cause."""
-        channels, ratio = self.config.in_channels, self.config.spatial_compression_ratio
-        if not pixel_values.is_floating_point():
-            raise TypeError(
-                f"`pixel_values` must be floating point in [-1, 1], got {pixel_values.dtype}. "
-                "TheWorldProcessor converts images; by hand it is `image / 127.5 - 1`."
-            )
-        shape = tuple(pixel_values.shape)
-        if len(shape) not in (4, 5) or shape[-3] != channels or 0 in shape or shape[-2] % ratio or shape[-1] % ratio:
-            raise ValueError(
-                f"`pixel_values` must be [B, {channels}, H, W], or [B, T, {channels}, H, W] for videos, with one "
-                f"image or more and H and W multiples of {ratio}, got {list(shape)}. TheWorldProcessor resizes images "
-                "to such a size."
-            )
-        # The slack is for rounding; NaN fails the comparison too.
-        torch_compilable_check(
-            pixel_values.abs().amax() <= 1.001,
-            "`pixel_values` must be in [-1, 1] (0..255 maps there by `image / 127.5 - 1`), but values lie outside, or "
-            "are NaN. TheWorldProcessor scales images to that range.",
-        )
-
-    def at_once(self, pixels: torch.Tensor, num_frames: int = 1) -> int:
-        """How many images [.., H, W], or videos of which so many frames go through together, are encoded together."""
-        limit = PIXELS_AT_ONCE["cpu" if pixels.device.type == "cpu" else "accelerator"]
-        return max(1, limit // (pixels.shape[-2] * pixels.shape[-1] * num_frames))
-
-    def encode_videos(self, videos: torch.Tensor, cache: VideoCache) -> torch.Tensor:
-        """Latents of checked videos [B, T, 3, H, W]; see `forward`."""
-        batch, num_frames, *frame_shape = videos.shape
-        ratio, shape = self.config.temporal_compression_ratio, (batch, *frame_shape)
-        first = 0 if cache.num_frames else 1
-        if num_frames % ratio != first % ratio:
-            raise ValueError(
-                f"Videos must have {f'1 + {ratio}k' if first else f'{ratio}k'} frames"
-                f"{'' if first else ' where a cache has the frames before'}, got {num_frames}. Leave some out, or "
-                "repeat the last."
-            )
-        if cache.num_frames and cache.shape != shape:
-            raise ValueError(f"The cache is one of videos [B, 3, H, W] = {list(cache.shape)}, got {list(shape)}.")
-
-        groups = videos.split(self.at_once(videos, ratio))
-        chunks = [1] * first + [ratio] * ((num_frames - first) // ratio)
-        num_convs = sum(isinstance(module, WanCausalConv3d) for module in self.encoder.modules())
-        layers = [list(past) for past in cache.layers] or [[None] * num_convs for _ in groups]
-        latents = []
-        for group, past in zip(groups, layers, strict=True):
-            frames = (
-                chunk.contiguous(memory_format=torch.channels_last_3d)
-                for chunk in group.transpose(1, 2).split(chunks, dim=2)
-            )
-            latents.append(torch.cat([self.mode(chunk, past) for chunk in frames], dim=2))
-        # Last, so that a call that failed leaves the cache where it was.
-        cache.shape, cache.num_frames, cache.layers = shape, cache.num_frames + num_frames, tuple(layers)
-        return torch.cat(latents).transpose(1, 2)
-
-    def mode(self, frames: torch.Tensor, past: list[torch.Tensor | None] | None = None) -> torch.Tensor:
-        """Latents [B, z, t, h, w] of images [B, 3, 1, H, W], or of a chunk [B, 3, T, H, W] after `past`."""
-        mean, _logvar = self.quant_conv(self.encoder(frames, past, [0])).chunk(2, dim=1)
-        return mean
 
 
 class TheWorldProjector(nn.Module):
@@ -244,10 +113,13 @@ class TheWorldPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, WanRMS_norm):
             init.ones_(module.gamma)
+        elif isinstance(module, Gemma3MultiModalProjector):  # as Gemma 3's; its norm multiplies by 1 + weight
+            init.zeros_(module.mm_input_projection_weight)
+            init.zeros_(module.mm_soft_emb_norm.weight)
 
 
 class TheWorldModel(TheWorldPreTrainedModel):
-    """The Wan encoder, the projection and Gemma, without the language-model head."""
+    """The Wan encoder, the projection and Gemma, with its own eyes or not, without the language-model head."""
 
     # What FSDP gathers and frees together; the rest is gathered once a step. (For tensors, Gemma brings its own plan.)
     _fsdp_plan = {"world_encoder": "free_full_weight", "language_model.layers.*": "free_full_weight"}
@@ -256,6 +128,9 @@ class TheWorldModel(TheWorldPreTrainedModel):
         super().__init__(config)
         self.world_encoder = TheWorldEncoder(config.world_config)
         self.world_projection = TheWorldProjector(config)
+        if config.vision_config is not None:
+            self.vision_tower = AutoModel.from_config(config.vision_config)
+            self.multi_modal_projector = Gemma3MultiModalProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
@@ -281,7 +156,6 @@ class TheWorldModel(TheWorldPreTrainedModel):
             latents = (latents - mean) / std
         return latents
 
-    @can_return_tuple
     def get_image_features(
         self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple | BaseModelOutputWithPooling:
@@ -297,40 +171,112 @@ class TheWorldModel(TheWorldPreTrainedModel):
         Raises:
             TypeError, ValueError: As [`TheWorldEncoder.forward`] and [`TheWorldProjector.forward`].
         """
-        latents = self.get_world_latents(pixel_values)
-        return BaseModelOutputWithPooling(last_hidden_state=latents, pooler_output=self.world_projection(latents))
+        return self.get_latent_features(self.get_world_latents(pixel_values), **kwargs)
 
-    def get_world_tokens(
-        self,
-        pixel_values: torch.Tensor | None = None,
-        world_latents: torch.Tensor | None = None,
-        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-    ) -> torch.Tensor | None:
-        """
-        World tokens [B, N, D] from images in whichever form they came; None if none came.
+    @can_return_tuple
+    def get_latent_features(
+        self, world_latents: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple | BaseModelOutputWithPooling:
+        """As [`TheWorldModel.get_image_features`], from latents [B, z, h, w] that `get_world_latents` returned."""
+        return BaseModelOutputWithPooling(
+            last_hidden_state=world_latents, pooler_output=self.world_projection(world_latents)
+        )
 
-        Raises:
-            ValueError: If images came in more than one form.
+    @can_return_tuple
+    def get_vision_features(
+        self, vision_pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple | BaseModelOutputWithPooling:
         """
-        encoded = (mm_encoder_outputs or {}).get("image")
-        if sum(form is not None for form in (pixel_values, world_latents, encoded)) > 1:
-            raise ValueError("Give the images once: as `pixel_values`, as `world_latents` or as `mm_encoder_outputs`.")
-        if pixel_values is not None:
-            return self.get_image_features(pixel_values, return_dict=True).pooler_output
-        if world_latents is not None:
-            return self.world_projection(world_latents)
-        return encoded.pooler_output if encoded is not None else None
-
-    def get_placeholder_mask(
-        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None, image_features: torch.Tensor
-    ) -> torch.Tensor:
-        """
-        Finds the places of world tokens, and checks that there are as many places as tokens.
+        Images as Gemma 3 sees them without TheWorld.
 
         Args:
-            input_ids: [batch, S], or None to compare `inputs_embeds` with the embedding of `<world>`.
+            vision_pixel_values: [C, 3, s, s], floating point, with s the tower's `image_size`.
+
+        Returns:
+            `last_hidden_state`: the tower's [C, patches, its width]. `pooler_output`: Gemma's image tokens [C, M, D].
+
+        Raises:
+            TypeError: If `vision_pixel_values` is not floating point.
+            ValueError: If its shape is another, or the model has no `vision_config`.
+        """
+        self._check_vision_pixel_values(vision_pixel_values)
+        outputs = self.vision_tower(pixel_values=vision_pixel_values, return_dict=True, **kwargs)
+        outputs.pooler_output = self.multi_modal_projector(outputs.last_hidden_state)
+        return outputs
+
+    def _check_vision_pixel_values(self, vision_pixel_values: torch.Tensor):
+        vision, shape = self.config.vision_config, list(vision_pixel_values.shape)
+        if vision is None:
+            raise ValueError(
+                "`vision_pixel_values` came, but this model has no `vision_config`. Convert a Gemma 3 with `--vision`."
+            )
+        if not vision_pixel_values.is_floating_point():
+            raise TypeError(
+                f"`vision_pixel_values` must be floating point, got {vision_pixel_values.dtype}. TheWorldProcessor "
+                "makes them."
+            )
+        expected = [vision.num_channels, vision.image_size, vision.image_size]
+        if len(shape) != 4 or shape[0] == 0 or shape[1:] != expected:
+            raise ValueError(
+                f"`vision_pixel_values` must be [C, {', '.join(map(str, expected))}] with one image or more, got "
+                f"{shape}. TheWorldProcessor makes them."
+            )
+
+    def encode_streams(
+        self, mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None, **inputs: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """
+        The tokens of each stream that came, in whichever form; by the stream's name, [images, N, D].
+
+        Args:
+            mm_encoder_outputs: As `forward` takes them.
+            inputs: `forward`'s arguments by the names that `STREAMS` lists.
+
+        Raises:
+            ValueError: If a stream came in more than one form.
+        """
+        tokens = {}
+        for stream in STREAMS:
+            encoded = (mm_encoder_outputs or {}).get(stream.name)
+            came = [name for name in stream.inputs if inputs.get(name) is not None]
+            if len(came) + (encoded is not None) > 1:
+                forms = " or as ".join(f"`{form}`" for form in (*stream.inputs, "mm_encoder_outputs"))
+                raise ValueError(f"Give the images once: as {forms}.")
+            for name in came:
+                encoded = getattr(self, stream.inputs[name])(inputs[name], return_dict=True)
+            if encoded is not None:
+                tokens[stream.name] = encoded.pooler_output
+        return tokens
+
+    @property
+    def streams(self) -> list[Stream]:
+        """Those that have places in this model's prompts."""
+        return [stream for stream in STREAMS if stream.token_id(self.config) is not None]
+
+    def find_places(
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None, stream: Stream
+    ) -> torch.Tensor:
+        """Boolean mask [batch, S] of a stream's places, found by id, or by embedding where there are no ids."""
+        token_id = stream.token_id(self.config)
+        if input_ids is not None:
+            return input_ids == token_id
+        token_id = torch.tensor(token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token_id)).all(-1)
+
+    def get_placeholder_mask(
+        self,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.Tensor | None,
+        features: torch.Tensor,
+        stream: Stream,
+    ) -> torch.Tensor:
+        """
+        Finds the places of a stream's tokens, and checks that there are as many places as tokens.
+
+        Args:
+            input_ids: [batch, S], or None to compare `inputs_embeds` with the embedding of a place.
             inputs_embeds: [batch, S, D]; needed only without `input_ids`.
-            image_features: World tokens [B, N, D].
+            features: The stream's tokens [images, N, D].
 
         Returns:
             Boolean mask [batch, S, 1].
@@ -338,20 +284,46 @@ class TheWorldModel(TheWorldPreTrainedModel):
         Raises:
             ValueError: If the numbers differ.
         """
-        if input_ids is None:
-            token_id = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-            mask = (inputs_embeds == self.get_input_embeddings()(token_id)).all(-1)
-        else:
-            mask = input_ids == self.config.image_token_id
-        num_images, num_tokens = image_features.shape[:2]
+        mask = self.find_places(input_ids, inputs_embeds, stream)
+        num_images, num_tokens = features.shape[:2]
         torch_compilable_check(
             mask.sum() == num_images * num_tokens,
             lambda: (
-                f"{num_images} image(s) of {num_tokens} world tokens need {num_images * num_tokens} `<world>` places, "
-                f"but the prompts have {mask.sum(-1).tolist()}. TheWorldProcessor expands one `<world>` an image."
+                f"{num_images} image(s) of {num_tokens} {stream.kind} tokens need {num_images * num_tokens} "
+                f"`{stream.token}` places, but the prompts have {mask.sum(-1).tolist()}. TheWorldProcessor expands "
+                "one `<world>` an image."
             ),
         )
         return mask.unsqueeze(-1)
+
+    def put_in_place(
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor, tokens: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """
+        `inputs_embeds` [batch, S, D] with the streams' tokens in their places.
+
+        Raises:
+            ValueError: If tokens and places differ in number, or places came without tokens.
+        """
+        for stream in self.streams:
+            if stream.name in tokens:
+                features = tokens[stream.name].to(inputs_embeds.device, inputs_embeds.dtype)
+                mask = self.get_placeholder_mask(input_ids, inputs_embeds, features, stream)
+                inputs_embeds = inputs_embeds.masked_scatter(mask, features)
+            elif input_ids is not None and input_ids.shape[1] > 1:  # a prompt: decoding goes one token at a time
+                torch_compilable_check(
+                    ~self.find_places(input_ids, inputs_embeds, stream).any(),
+                    f"The prompt has `{stream.token}` places but no image came with it. Give "
+                    f"{' or '.join(f'`{name}`' for name in stream.inputs)}, or leave `{stream.token}` out of the "
+                    "prompt.",
+                )
+        return inputs_embeds
+
+    def get_token_types(
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None
+    ) -> torch.LongTensor:
+        """What each token of a prompt stands for, [batch, S]: 0 text, 1 one of Gemma's own, 2 a world token."""
+        return sum(stream.type_id * self.find_places(input_ids, inputs_embeds, stream) for stream in self.streams)
 
     @can_return_tuple
     def forward(
@@ -363,6 +335,8 @@ class TheWorldModel(TheWorldPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         world_latents: torch.Tensor | None = None,
+        vision_pixel_values: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | TheWorldModelOutputWithPast:
@@ -377,18 +351,18 @@ class TheWorldModel(TheWorldPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
-        world_tokens = self.get_world_tokens(pixel_values, world_latents, mm_encoder_outputs)
-        if world_tokens is not None:
-            world_tokens = world_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
-            mask = self.get_placeholder_mask(input_ids, inputs_embeds, world_tokens)
-            inputs_embeds = inputs_embeds.masked_scatter(mask, world_tokens)
-        elif input_ids is not None and input_ids.shape[1] > 1:  # a prompt: decoding goes on one token at a time
-            torch_compilable_check(
-                (input_ids != self.config.image_token_id).all(),
-                "The prompt has `<world>` places but no image came with it. Give `pixel_values` or `world_latents`, "
-                "or leave `<world>` out of the prompt.",
-            )
-
+        tokens = self.encode_streams(
+            mm_encoder_outputs,
+            pixel_values=pixel_values,
+            world_latents=world_latents,
+            vision_pixel_values=vision_pixel_values,
+        )
+        if tokens and token_type_ids is None and self.config.has_two_way_blocks:
+            token_type_ids = self.get_token_types(input_ids, inputs_embeds)
+        inputs_embeds = self.put_in_place(input_ids, inputs_embeds, tokens)
+        attention_mask = create_block_masks(
+            self.config, inputs_embeds, attention_mask, past_key_values, position_ids, token_type_ids
+        )
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -401,7 +375,7 @@ class TheWorldModel(TheWorldPreTrainedModel):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=world_tokens,
+            image_hidden_states=tokens.get("image"),
         )
 
 
@@ -428,6 +402,11 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
         model, and wants the hidden states.
         """
         if kwargs.get("attn_implementation", config.text_config._attn_implementation) in ENGINE_ATTENTION:
+            if config.vision_config is not None:
+                raise ValueError(
+                    "A serving engine reads world tokens only, and this model has a `vision_config`. Convert Gemma 3 "
+                    "without `--vision` for it."
+                )
             return TheWorldModel._from_config(config, **kwargs)
         return super()._from_config(config, **kwargs)
 
@@ -451,6 +430,12 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
         """As [`TheWorldModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
+    def get_vision_features(
+        self, vision_pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple | BaseModelOutputWithPooling:
+        """As [`TheWorldModel.get_vision_features`]."""
+        return self.model.get_vision_features(vision_pixel_values, **kwargs)
+
     @can_return_tuple
     def forward(
         self,
@@ -463,6 +448,8 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         world_latents: torch.Tensor | None = None,
+        vision_pixel_values: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | TheWorldCausalLMOutputWithPast:
@@ -479,14 +466,19 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
             labels: [batch, S] token ids, -100 where none counts; shifted inside.
             logits_to_keep: How many of the last positions, or which, get logits; 0 for all.
             world_latents: [B, z, h, w] as `get_world_latents` returns them, in place of `pixel_values`.
-            mm_encoder_outputs: `{"image": get_image_features(...)}` in place of `pixel_values`, as `generate` does.
+            vision_pixel_values: [C, 3, s, s], floating point, with s the size of `config.vision_config`; the images of
+                all prompts and their crops, in their order.
+            token_type_ids: [batch, S], 1 in the places of Gemma's own image tokens, 2 in those of world tokens: the
+                blocks that attention may read both ways. Found in the prompt where images come without them.
+            mm_encoder_outputs: `{"image": get_image_features(...)}` in place of `pixel_values`, as `generate` does,
+                and `"vision": get_vision_features(...)` in place of `vision_pixel_values`.
 
         Returns:
             `loss` if labels came, `logits` [batch, S, vocabulary], and Gemma's other outputs.
 
         Raises:
-            TypeError: If `pixel_values` is not floating point.
-            ValueError: If images and `<world>` places differ in number, images come twice, or their shape or range is
+            TypeError: If `pixel_values` or `vision_pixel_values` is not floating point.
+            ValueError: If images and their places differ in number, images come twice, or their shape or range is
                 wrong.
         """
         outputs = self.model(
@@ -497,6 +489,8 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             world_latents=world_latents,
+            vision_pixel_values=vision_pixel_values,
+            token_type_ids=token_type_ids,
             mm_encoder_outputs=mm_encoder_outputs,
             return_dict=True,
             **kwargs,
@@ -529,13 +523,52 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
         is_first_iteration: bool | None = False,
         **kwargs,
     ) -> dict:
-        """As transformers' own; encoded images go with the prompt only, which 5.17 leaves to the model."""
+        """As transformers' own; encoded images and their blocks go with the prompt only, which it leaves to models."""
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
         if not is_first_iteration and kwargs.get("use_cache", True):
             inputs.pop("mm_encoder_outputs", None)
+            inputs.pop("token_type_ids", None)
         return inputs
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: TheWorldConfig,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        position_ids: torch.LongTensor | None,
+        token_type_ids: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor | dict:
+        """As transformers' own, which makes the masks ahead for a static cache, with the images' blocks."""
+        arguments = (inputs_embeds, attention_mask, past_key_values, position_ids)
+        masks = create_block_masks(config, *arguments, token_type_ids)
+        return create_masks_for_generate(config, *arguments) if masks is attention_mask else masks
+
+    def _repeat_by_prompt(
+        self,
+        prompts: torch.LongTensor | None,
+        inputs_embeds: torch.Tensor | None,
+        tokens: dict[str, torch.Tensor],
+        times: int,
+    ) -> dict[str, BaseModelOutputWithPooling]:
+        """The streams' tokens for `times` beams a prompt: images [A, B] of one prompt become [A, B, A, B]."""
+        outputs = {}
+        for stream in (stream for stream in STREAMS if stream.name in tokens):
+            features = tokens[stream.name]
+            mask = self.model.get_placeholder_mask(prompts, inputs_embeds, features, stream)
+            places, places_per_image = mask.sum((1, 2)), features.shape[1]
+            if (places % places_per_image).any():
+                raise ValueError(
+                    f"An image's {places_per_image} `{stream.token}` places must be in one prompt, but the prompts "
+                    f"have {places.tolist()}."
+                )
+            by_prompt = features.split((places // places_per_image).tolist())
+            repeated = torch.cat([images.repeat(times, 1, 1) for images in by_prompt])
+            outputs[stream.name] = BaseModelOutputWithPooling(pooler_output=repeated)
+        return outputs
 
     def _expand_inputs_for_generation(
         self,
@@ -547,28 +580,22 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
         """
         As transformers' own, and encodes the images, once, before beams multiply the prompts.
 
-        A prompt's images stay together: for two beams, [A, B] becomes [A, B, A, B] and not [A, A, B, B]. What a cache
-        holds was read with its images: those that come now are for the rest of the prompt.
+        A prompt's images stay together. What a cache holds was read with its images: those that come now are for the
+        rest of the prompt.
         """
-        image_forms = ("pixel_values", "world_latents", "mm_encoder_outputs")
-        world_tokens = self.model.get_world_tokens(**{form: model_kwargs.pop(form, None) for form in image_forms})
-        if world_tokens is not None:
-            cache = model_kwargs.get("past_key_values")
+        names = ["mm_encoder_outputs", *(name for stream in STREAMS for name in stream.inputs)]
+        tokens = self.model.encode_streams(**{name: model_kwargs.pop(name, None) for name in names})
+        if tokens:
+            cache, embeds = model_kwargs.get("past_key_values"), model_kwargs.get("inputs_embeds")
             prompts = input_ids[:, cache.get_seq_length() if cache is not None else 0 :] if input_ids.numel() else None
-            mask = self.model.get_placeholder_mask(prompts, model_kwargs.get("inputs_embeds"), world_tokens)
-            places, places_per_image = mask.sum((1, 2)), world_tokens.shape[1]
-            if (places % places_per_image).any():
-                raise ValueError(
-                    f"An image's {places_per_image} `<world>` places must be in one prompt, but the prompts have "
-                    f"{places.tolist()}."
-                )
-            images_by_prompt = world_tokens.split((places // places_per_image).tolist())
-            world_tokens = torch.cat([images.repeat(expand_size, 1, 1) for images in images_by_prompt])
+            if self.config.has_two_way_blocks and model_kwargs.get("token_type_ids") is None:
+                model_kwargs["token_type_ids"] = self.model.get_token_types(prompts, embeds)
+            encoded = self._repeat_by_prompt(prompts, embeds, tokens, expand_size)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
-        if world_tokens is not None:
-            model_kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=world_tokens)}
+        if tokens:
+            model_kwargs["mm_encoder_outputs"] = encoded
         return input_ids, model_kwargs
 
 

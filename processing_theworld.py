@@ -1,16 +1,27 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
-"""Text and images to TheWorld's inputs: one `<world>` in a prompt becomes the places of an image's world tokens."""
+"""
+Text and images to TheWorld's inputs: one `<world>` in a prompt becomes the places of an image's world tokens, and of
+Gemma 3's own image tokens where the model has them.
+"""
 
 import torch
-from transformers import BatchFeature, ProcessorMixin, SiglipImageProcessorPil
+from transformers import BatchFeature, Gemma3Processor, ProcessorMixin, SiglipImageProcessorPil
 from transformers.image_utils import ImageInput, make_flat_list_of_images
-from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorKwargs, Gemma3ImageProcessorPil
+from transformers.processing_utils import MultiModalData, ProcessingKwargs
 
 
-class TheWorldImagesKwargs(ImagesKwargs, total=False):
-    """The image processor's, and whether the images are latents already."""
+# The tower sees images of one size, whatever the size of those that become world tokens; and only it sees crops.
+WORLD_ONLY = ("size", "do_resize")
+VISION_ONLY = tuple(name for name in Gemma3ImageProcessorKwargs.__annotations__ if "pan_and_scan" in name)
+
+
+class TheWorldImagesKwargs(Gemma3ImageProcessorKwargs, total=False):
+    """The image processors', whether the images are latents already, and which of the two streams are on."""
 
     encoded: bool
+    world: bool
+    vision: bool
 
 
 class TheWorldProcessorKwargs(ProcessingKwargs, total=False):
@@ -55,9 +66,12 @@ class TheWorldProcessor(ProcessorMixin):
             are fixed; None where they follow from the size.
         compression_ratio: Pixels a side of the square that one latent position stands for;
             `TheWorldEncoderConfig.spatial_compression_ratio`.
+        vision_settings: Those of Gemma 3's image processor, for a model with `TheWorldConfig.vision_config`.
+        vision_seq_length: Gemma's own tokens an image or crop; `TheWorldConfig.mm_tokens_per_image`.
+        world_first: Whether an image's world tokens come before Gemma's own; `TheWorldConfig.world_first`.
 
     Raises:
-        ValueError: If the tokenizer lacks one of the three tokens.
+        ValueError: If the tokenizer lacks one of the three tokens, or with `vision_settings` one of Gemma 3's.
     """
 
     valid_processor_kwargs = TheWorldProcessorKwargs
@@ -74,6 +88,9 @@ class TheWorldProcessor(ProcessorMixin):
         patch_size: int = 8,
         image_seq_length: int | None = None,
         compression_ratio: int = 8,
+        vision_settings: dict | None = None,
+        vision_seq_length: int = 256,
+        world_first: bool = True,
     ):
         if image_processor.backend != "pil":
             image_processor = SiglipImageProcessorPil(**image_processor.to_dict())
@@ -83,9 +100,16 @@ class TheWorldProcessor(ProcessorMixin):
             raise ValueError(
                 f"The tokenizer has no {', '.join(missing)}. Use the one that convert_weights.py wrote with the model."
             )
+        if vision_settings is not None and getattr(tokenizer, "image_token_id", None) is None:
+            raise ValueError(
+                "`vision_settings` need Gemma 3's tokenizer, which knows `image_token`, `boi_token` and `eoi_token`."
+            )
         self.patch_size = patch_size
         self.image_seq_length = image_seq_length
         self.compression_ratio = compression_ratio
+        self.vision_settings = vision_settings
+        self.vision_seq_length = vision_seq_length
+        self.world_first = world_first
         self.image_token_id = vocabulary[self.image_token]
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
@@ -105,21 +129,33 @@ class TheWorldProcessor(ProcessorMixin):
             text: A prompt or several, with one `<world>` for each image.
             world_latents: In place of `images`: latents of images, as the model's `get_world_latents` returns them,
                 [B, z, h, w]; or a list of [z, h, w], or a list of those for each prompt.
-            kwargs: The tokenizer's and the image processor's.
+            kwargs: The tokenizer's and the image processors': `size` is that of the image that becomes world tokens,
+                `do_pan_and_scan` and its like are Gemma 3's. `world=False` or `vision=False` leaves one stream out of
+                prompts and inputs: without the world, they are those of Gemma 3's processor.
 
         Returns:
-            `input_ids`, `attention_mask`, and `pixel_values` or `world_latents`.
+            `input_ids`, `attention_mask`, and `pixel_values` or `world_latents`; with vision, `vision_pixel_values`
+            and `token_type_ids` as well.
 
         Raises:
-            ValueError: If images and `<world>` differ in number, or images come twice.
+            ValueError: If images and `<world>` differ in number, images come twice, or the tower, which reads no
+                latents, would get them.
         """
-        if world_latents is None:
-            return super().__call__(images=images, text=text, **kwargs)
-        if images is not None:
-            raise ValueError("Give the images once: as `images` or as `world_latents`.")
-        images_kwargs = {**kwargs.pop("images_kwargs", {}), "encoded": True}
-        images = list(world_latents) if isinstance(world_latents, torch.Tensor) else world_latents
-        return super().__call__(images=images, text=text, images_kwargs=images_kwargs, **kwargs)
+        if world_latents is not None:
+            if images is not None:
+                raise ValueError("Give the images once: as `images` or as `world_latents`.")
+            kwargs["images_kwargs"] = {**kwargs.get("images_kwargs", {}), "encoded": True}
+            images = list(world_latents) if isinstance(world_latents, torch.Tensor) else world_latents
+        inputs = super().__call__(images=images, text=text, **kwargs)
+        if self.vision_settings is not None and "input_ids" in inputs:
+            inputs["token_type_ids"] = self.create_token_type_ids(inputs["input_ids"])
+        return inputs
+
+    def create_token_type_ids(self, input_ids):
+        """1 in the places of Gemma's own image tokens, as Gemma 3's processor; 2 in those of world tokens; else 0."""
+        if isinstance(input_ids, list):
+            return [self.create_token_type_ids(torch.tensor(prompt)).tolist() for prompt in input_ids]
+        return 1 * (input_ids == self.tokenizer.image_token_id) + 2 * (input_ids == self.image_token_id)
 
     def validate_inputs(self, images: ImageInput | None = None, text: list[str] | None = None, **kwargs):
         """Checks that every prompt has one `<world>` for each of its images; raises a `ValueError` where not."""
@@ -149,19 +185,54 @@ class TheWorldProcessor(ProcessorMixin):
         num_tokens = self._num_world_tokens(height, width)
         return self.start_of_world_token + self.image_token * num_tokens + self.end_of_world_token
 
-    def _process_images(self, images: ImageInput, encoded: bool = False, **kwargs) -> tuple[dict, list[str]]:
+    def _process_images(
+        self, images: ImageInput, encoded: bool = False, world: bool = True, vision: bool | None = None, **kwargs
+    ) -> tuple[dict, list[str]]:
         """The model's inputs for images, or for latents if they are `encoded`, and the text that stands for each."""
         images = flatten_images(images)
-        if encoded and images:
-            shapes = {tuple(latents.shape) for latents in images}
-            if len(shapes) > 1 or len(shapes.pop()) != 3:
-                raise ValueError(
-                    f"`world_latents` must be [z, h, w] for each image, all of one size, got "
-                    f"{[list(latents.shape) for latents in images]}."
-                )
-            inputs = {"world_latents": torch.stack(images)}
-            return inputs, [self.replace_image_token(inputs, number) for number in range(len(images))]
-        return super()._process_images(images, **kwargs) if images else ({}, [])
+        vision = self.vision_settings is not None if vision is None else vision
+        nothing = {}, [""] * len(images)
+        if not images:
+            return nothing
+        process_world = self._process_latents if encoded else self._process_pixels
+        world_kwargs = {name: value for name, value in kwargs.items() if name not in VISION_ONLY}
+        vision_kwargs = {name: value for name, value in kwargs.items() if name not in WORLD_ONLY}
+        blocks = [
+            process_world(images, **world_kwargs) if world else nothing,
+            self._process_vision(images, encoded, **vision_kwargs) if vision else nothing,
+        ]
+        (inputs, texts), (more_inputs, more_texts) = blocks if self.world_first else reversed(blocks)
+        return inputs | more_inputs, [text + more for text, more in zip(texts, more_texts, strict=True)]
+
+    def _process_pixels(self, images: list, **kwargs) -> tuple[dict, list[str]]:
+        """`pixel_values`, and the text that stands for each image's world tokens."""
+        inputs, texts = super()._process_images(images, **kwargs)
+        return dict(inputs), texts
+
+    def _process_latents(self, images: list[torch.Tensor], **kwargs) -> tuple[dict, list[str]]:
+        """`world_latents`, and the text that stands for each image's world tokens."""
+        shapes = {tuple(latents.shape) for latents in images}
+        if len(shapes) > 1 or len(shapes.pop()) != 3:
+            raise ValueError(
+                f"`world_latents` must be [z, h, w] for each image, all of one size, got "
+                f"{[list(latents.shape) for latents in images]}."
+            )
+        inputs = {"world_latents": torch.stack(images)}
+        return inputs, [self.replace_image_token(inputs, number) for number in range(len(images))]
+
+    def _process_vision(self, images: list, encoded: bool, **kwargs) -> tuple[dict, list[str]]:
+        """`vision_pixel_values`, and the text that stands for each image and its crops in Gemma 3's prompts."""
+        if self.vision_settings is None:
+            raise ValueError("`vision=True` asks for Gemma 3's own vision, which this model has not. Leave it out.")
+        if encoded:
+            raise ValueError(
+                "Gemma 3's tower reads no latents. Give `images`, or `vision=False` with `world_latents`."
+            )
+        image_processor = Gemma3ImageProcessorPil(**self.vision_settings)
+        gemma = Gemma3Processor(image_processor, self.tokenizer, image_seq_length=self.vision_seq_length)
+        inputs = image_processor(images, **kwargs)
+        texts = [gemma.replace_image_token(inputs, number) for number in range(len(images))]
+        return {"vision_pixel_values": inputs["pixel_values"]}, texts
 
     def _num_world_tokens(self, height: int, width: int) -> int:
         """World tokens of an image of `height` x `width` pixels as the model gets it."""

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKLWan
 from torch.utils.flop_counter import FlopCounterMode
 
 from theworld import TheWorldEncoderConfig
-from theworld.modeling_theworld import TheWorldEncoder
+from theworld.encoder_theworld import TheWorldEncoder
 
 from .measure import MEMORY, Row, in_turns, run_fresh, timed
 
@@ -33,7 +33,7 @@ EXTRA_MEMORY = (
 import torch
 from diffusers import AutoencoderKLWan
 from theworld import TheWorldEncoderConfig
-from theworld.modeling_theworld import TheWorldEncoder
+from theworld.encoder_theworld import TheWorldEncoder
 vae = AutoencoderKLWan().eval().requires_grad_(False)
 encoder = TheWorldEncoder(TheWorldEncoderConfig()).eval().requires_grad_(False)
 images = torch.rand({batch}, 3, {side}, {side})

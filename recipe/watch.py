@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
-from theworld.modeling_theworld import TheWorldEncoder
+from theworld.encoder_theworld import TheWorldEncoder
 
 from . import align
 from .align import Trainee

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import in_turns
 from theworld import TheWorldEncoderConfig
-from theworld.modeling_theworld import TheWorldEncoder
+from theworld.encoder_theworld import TheWorldEncoder
 
 
 # Largest difference to diffusers' mode in float32; it was 3e-6 in bands, 6e-7 elsewhere.

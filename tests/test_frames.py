@@ -11,8 +11,8 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample, WanRes
 from torch import nn
 
 from theworld import TheWorldEncoderConfig, frames_theworld
+from theworld.encoder_theworld import PIXELS_AT_ONCE, TheWorldEncoder
 from theworld.frames_theworld import use_frame_modules
-from theworld.modeling_theworld import PIXELS_AT_ONCE, TheWorldEncoder
 
 
 # Winograd's constants go up to 8, and its rounding errors with them: 1e-6 was seen in a block, 3e-6 in the encoder.

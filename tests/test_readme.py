@@ -9,6 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 from test_demo import run_demo
 from test_run_it import RUN_IT
+from test_vision import SECTION as VISION
 from test_vllm import COMMAND as VLLM_COMMAND
 from transformers import AutoConfig, Gemma2Config
 
@@ -23,8 +24,8 @@ README = (ROOT / "README.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
-    """The README's snippets, but for those that test_run_it.py and test_vllm.py run."""
-    text = README.replace(RUN_IT, "") if language == "python" else README
+    """The README's snippets, but for those that test_run_it.py, test_vision.py and test_vllm.py run."""
+    text = README.replace(RUN_IT, "").replace(VISION, "") if language == "python" else README
     return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
 
 

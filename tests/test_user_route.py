@@ -11,7 +11,14 @@ import pytest
 
 TESTS = Path(__file__).parent
 
-MODEL_FILES = {"configuration_theworld.py", "frames_theworld.py", "modeling_theworld.py", "processing_theworld.py"}
+MODEL_FILES = {
+    "configuration_theworld.py",
+    "encoder_theworld.py",
+    "frames_theworld.py",
+    "modeling_theworld.py",
+    "processing_theworld.py",
+    "streams_theworld.py",
+}
 
 
 def run_fresh(*arguments, cache: Path) -> str:

@@ -12,7 +12,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample, WanRes
 from benchmarks.measure import MEMORY, in_turns, run_fresh
 from theworld import TheWorldEncoderConfig, frames_theworld
 from theworld.frames_theworld import use_frame_modules
-from theworld.modeling_theworld import PIXELS_AT_ONCE, TheWorldEncoder, VideoCache
+from theworld.encoder_theworld import PIXELS_AT_ONCE, TheWorldEncoder, VideoCache
 
 
 # Largest difference to diffusers' mode in float32; it was 6e-6 in bands at 128 px, 1e-6 elsewhere.
@@ -217,7 +217,7 @@ PEAK = (
     + """
 import torch
 from theworld import TheWorldEncoderConfig
-from theworld.modeling_theworld import TheWorldEncoder, VideoCache
+from theworld.encoder_theworld import TheWorldEncoder, VideoCache
 torch.set_num_threads(1)
 encoder = TheWorldEncoder(TheWorldEncoderConfig(base_dim=64, num_res_blocks=1)).eval().requires_grad_(False)
 cache = VideoCache()

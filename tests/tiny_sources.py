@@ -10,11 +10,14 @@ from transformers import (
     AutoModelForImageTextToText,
     Gemma2Config,
     Gemma3Config,
+    Gemma3ImageProcessorPil,
+    Gemma3Processor,
     Gemma3TextConfig,
     GemmaConfig,
     GemmaTokenizer,
     GenerationConfig,
     PreTrainedConfig,
+    SiglipVisionConfig,
 )
 
 
@@ -43,8 +46,20 @@ TEXT_CONFIGS = {
     ),
 }
 
+VISION_FIELDS = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 2,
+    "vision_use_head": False,
+}
+# As Gemma 3's tokenizer names them.
+VISION_TOKENS = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
 
-def make_tokenizer(num_unused: int = 10) -> GemmaTokenizer:
+
+def make_tokenizer(num_unused: int = 10, **options) -> GemmaTokenizer:
     """A Gemma tokenizer over bytes and a few words, its first ids as in Gemma 2's: `<unused0>` is 7."""
     vocabulary = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<2mass>", "[@BOS@]"]
     vocabulary += [f"<unused{n}>" for n in range(num_unused)]
@@ -54,7 +69,7 @@ def make_tokenizer(num_unused: int = 10) -> GemmaTokenizer:
     merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("i", "n"), ("i", "s"), ("▁", "is")]
     vocabulary += ["".join(pair) for pair in merges]
     tokenizer = GemmaTokenizer(
-        vocab={token: index for index, token in enumerate(vocabulary)}, merges=merges, add_bos_token=True
+        vocab={token: index for index, token in enumerate(vocabulary)}, merges=merges, add_bos_token=True, **options
     )
     # Gemma's own file lists these among its added tokens, so that no merge ever splits them.
     tokenizer.add_tokens(["<2mass>", "[@BOS@]", *(f"<unused{n}>" for n in range(num_unused)), "\n"])
@@ -86,6 +101,28 @@ def make_gemma(folder: Path, config: PreTrainedConfig, num_unused: int = 10, **s
     }
     fields = {**json.loads(path.read_text()), "added_tokens_decoder": listed, "add_bos_token": True}
     path.write_text(json.dumps(fields))
+    return folder
+
+
+def make_multimodal_gemma(folder: Path) -> Path:
+    """A Gemma 3 with a tower, whose 64 tokens an image are more than a sliding window holds; and its processor."""
+    tokenizer = make_tokenizer(extra_special_tokens=VISION_TOKENS)
+    ids = {f"{name}_index": tokenizer.convert_tokens_to_ids(token) for name, token in VISION_TOKENS.items()}
+    config = Gemma3Config(
+        text_config=TEXT_CONFIGS["gemma3_text"],
+        vision_config=SiglipVisionConfig(**VISION_FIELDS),
+        mm_tokens_per_image=64,
+        **ids,
+    )
+    torch.manual_seed(2)
+    model = AutoModelForImageTextToText.from_config(config)
+    projector = model.model.multi_modal_projector
+    torch.nn.init.normal_(projector.mm_input_projection_weight)  # as it is made, it is all zeros
+    torch.nn.init.normal_(projector.mm_soft_emb_norm.weight)
+    model.generation_config = GenerationConfig(bos_token_id=2, pad_token_id=0, eos_token_id=1)
+    model.save_pretrained(folder)
+    size = {"height": VISION_FIELDS["image_size"], "width": VISION_FIELDS["image_size"]}
+    Gemma3Processor(Gemma3ImageProcessorPil(size=size), tokenizer, image_seq_length=64).save_pretrained(folder)
     return folder
 
 

@@ -1,0 +1,151 @@
+# Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
+"""The encoder of the Wan VAE: images and videos to latents."""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanEncoder3d
+from torch import nn
+from transformers.utils import torch_compilable_check
+
+from .configuration_theworld import TheWorldEncoderConfig
+from .frames_theworld import use_frame_modules
+
+
+# Images are encoded together up to so many pixels, which bounds memory: one of 256 x 256 on a CPU, where more at once
+# are slower, and eight of 512 x 512 elsewhere.
+PIXELS_AT_ONCE = {"cpu": 2**16, "accelerator": 2**21}
+
+
+@dataclass
+class VideoCache:
+    """
+    What the encoder is to remember of videos whose next frames are still to come; the caller holds it.
+
+    A call of [`TheWorldEncoder`] reads on from it and replaces what it holds, but never writes to a tensor in it. So
+    `copy.copy(cache)` stays at a place in the videos, and two continuations may start from there. Its size does not
+    depend on how many frames there were.
+    """
+
+    shape: tuple[int, ...] = ()  # of the videos: B, 3, H, W
+    num_frames: int = 0
+    # diffusers' `feat_cache` of each part of the batch that is encoded together.
+    layers: tuple[list[torch.Tensor | None], ...] = ()
+
+
+class TheWorldEncoder(nn.Module):
+    """
+    The encoder of a Wan VAE, built from diffusers' own modules, for images and videos.
+
+    It holds the parameters of `AutoencoderKLWan.encoder` and `.quant_conv` under their diffusers names, and keeps
+    nothing between calls, so threads may share it.
+    """
+
+    def __init__(self, config: TheWorldEncoderConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = WanEncoder3d(
+            in_channels=config.in_channels,
+            dim=config.base_dim,
+            z_dim=config.z_dim * 2,
+            dim_mult=list(config.dim_mult),
+            num_res_blocks=config.num_res_blocks,
+            temperal_downsample=list(config.temperal_downsample),
+            dropout=config.dropout,
+        )
+        self.quant_conv = WanCausalConv3d(config.z_dim * 2, config.z_dim * 2, 1)
+        use_frame_modules(self)
+
+    def forward(self, pixel_values: torch.Tensor, cache: VideoCache | None = None) -> torch.Tensor:
+        """
+        Encodes images or videos to the mode of their latent distribution: deterministic and differentiable.
+
+        A video goes through a few frames at a time, and each latent frame knows all frames before it: the first is
+        that of the first frame as an image, and each other is made of `config.temporal_compression_ratio` = 4 frames.
+
+        Args:
+            pixel_values: Images [B, 3, H, W] or videos [B, T, 3, H, W], floating point, in [-1, 1], H and W multiples
+                of 8, T = 1 + 4k.
+            cache: For videos whose next frames come in another call: give the same one each time. After the first
+                call, T = 4k.
+
+        Returns:
+            Latents [B, z, H / 8, W / 8] of images, [B, 1 + k, z, H / 8, W / 8] of videos (k of them where it goes on
+            from a cache), in the encoder's dtype, not normalised; what
+            `AutoencoderKLWan.encode(videos.transpose(1, 2)).latent_dist.mode().transpose(1, 2)` returns.
+
+        Raises:
+            TypeError: If `pixel_values` is not floating point.
+            ValueError: If its shape or its range is another, or the cache is one of other videos.
+        """
+        self.check(pixel_values)
+        pixels = pixel_values.to(self.quant_conv.weight.dtype)
+        if pixels.dim() == 5:
+            return self.encode_videos(pixels, VideoCache() if cache is None else cache)
+        if cache is not None:
+            raise ValueError("A `cache` goes with videos [B, T, 3, H, W], but images came.")
+        if torch.compiler.is_compiling():  # the compiler chooses the layout, and one graph serves all sizes
+            return self.mode(pixels.unsqueeze(2)).squeeze(2)
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        return torch.cat([self.mode(some.unsqueeze(2)).squeeze(2) for some in pixels.split(self.at_once(pixels))])
+
+    def check(self, pixel_values: torch.Tensor) -> None:
+        """Raises the errors of `forward` that pixels alone can cause."""
+        channels, ratio = self.config.in_channels, self.config.spatial_compression_ratio
+        if not pixel_values.is_floating_point():
+            raise TypeError(
+                f"`pixel_values` must be floating point in [-1, 1], got {pixel_values.dtype}. "
+                "TheWorldProcessor converts images; by hand it is `image / 127.5 - 1`."
+            )
+        shape = tuple(pixel_values.shape)
+        if len(shape) not in (4, 5) or shape[-3] != channels or 0 in shape or shape[-2] % ratio or shape[-1] % ratio:
+            raise ValueError(
+                f"`pixel_values` must be [B, {channels}, H, W], or [B, T, {channels}, H, W] for videos, with one "
+                f"image or more and H and W multiples of {ratio}, got {list(shape)}. TheWorldProcessor resizes images "
+                "to such a size."
+            )
+        # The slack is for rounding; NaN fails the comparison too.
+        torch_compilable_check(
+            pixel_values.abs().amax() <= 1.001,
+            "`pixel_values` must be in [-1, 1] (0..255 maps there by `image / 127.5 - 1`), but values lie outside, or "
+            "are NaN. TheWorldProcessor scales images to that range.",
+        )
+
+    def at_once(self, pixels: torch.Tensor, num_frames: int = 1) -> int:
+        """How many images [.., H, W], or videos of which so many frames go through together, are encoded together."""
+        limit = PIXELS_AT_ONCE["cpu" if pixels.device.type == "cpu" else "accelerator"]
+        return max(1, limit // (pixels.shape[-2] * pixels.shape[-1] * num_frames))
+
+    def encode_videos(self, videos: torch.Tensor, cache: VideoCache) -> torch.Tensor:
+        """Latents of checked videos [B, T, 3, H, W]; see `forward`."""
+        batch, num_frames, *frame_shape = videos.shape
+        ratio, shape = self.config.temporal_compression_ratio, (batch, *frame_shape)
+        first = 0 if cache.num_frames else 1
+        if num_frames % ratio != first % ratio:
+            raise ValueError(
+                f"Videos must have {f'1 + {ratio}k' if first else f'{ratio}k'} frames"
+                f"{'' if first else ' where a cache has the frames before'}, got {num_frames}. Leave some out, or "
+                "repeat the last."
+            )
+        if cache.num_frames and cache.shape != shape:
+            raise ValueError(f"The cache is one of videos [B, 3, H, W] = {list(cache.shape)}, got {list(shape)}.")
+
+        groups = videos.split(self.at_once(videos, ratio))
+        chunks = [1] * first + [ratio] * ((num_frames - first) // ratio)
+        num_convs = sum(isinstance(module, WanCausalConv3d) for module in self.encoder.modules())
+        layers = [list(past) for past in cache.layers] or [[None] * num_convs for _ in groups]
+        latents = []
+        for group, past in zip(groups, layers, strict=True):
+            frames = (
+                chunk.contiguous(memory_format=torch.channels_last_3d)
+                for chunk in group.transpose(1, 2).split(chunks, dim=2)
+            )
+            latents.append(torch.cat([self.mode(chunk, past) for chunk in frames], dim=2))
+        # Last, so that a call that failed leaves the cache where it was.
+        cache.shape, cache.num_frames, cache.layers = shape, cache.num_frames + num_frames, tuple(layers)
+        return torch.cat(latents).transpose(1, 2)
+
+    def mode(self, frames: torch.Tensor, past: list[torch.Tensor | None] | None = None) -> torch.Tensor:
+        """Latents [B, z, t, h, w] of images [B, 3, 1, H, W], or of a chunk [B, 3, T, H, W] after `past`."""
+        mean, _logvar = self.quant_conv(self.encoder(frames, past, [0])).chunk(2, dim=1)
+        return mean

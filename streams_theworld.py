@@ -1,0 +1,118 @@
+# Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
+"""
+The streams: what may come beside text, where its tokens go in a prompt, and how attention reads their blocks.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+from transformers import Cache
+from transformers.masking_utils import create_causal_mask
+from transformers.models.gemma3.modeling_gemma3 import create_masks_for_vision_model, get_block_sequence_ids_for_mask
+from transformers.utils import torch_compilable_check
+from transformers.utils.generic import is_flash_attention_requested
+
+from .configuration_theworld import TheWorldConfig
+
+
+# `token_type_ids`, beside 0 for text: of blocks that Gemma 3 reads both ways, and of those that are read as
+# `config.world_attention` says.
+VISION_TYPE, WORLD_TYPE = 1, 2
+
+
+@dataclass(frozen=True)
+class Stream:
+    """
+    What may come beside text.
+
+    Args:
+        name: Its key in `mm_encoder_outputs`.
+        kind: What messages call its tokens.
+        token: Its places in a prompt.
+        type_id: Its `token_type_ids`.
+        inputs: Arguments of `forward` that bring it, each with the method of TheWorldModel that makes tokens of it.
+    """
+
+    name: str
+    kind: str
+    token: str
+    type_id: int
+    inputs: dict[str, str]
+
+    def token_id(self, config: TheWorldConfig) -> int | None:
+        """The id of its places; None if a model with this config has none."""
+        return getattr(config, f"{self.name}_token_id")
+
+
+STREAMS = (
+    Stream(
+        "image",
+        kind="world",
+        token="<world>",
+        type_id=WORLD_TYPE,
+        inputs={"pixel_values": "get_image_features", "world_latents": "get_latent_features"},
+    ),
+    Stream(
+        "vision",
+        kind="Gemma's own",
+        token="<image_soft_token>",
+        type_id=VISION_TYPE,
+        inputs={"vision_pixel_values": "get_vision_features"},
+    ),
+)
+
+
+def create_block_masks(
+    config: TheWorldConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | dict | None,
+    past_key_values: Cache | None,
+    position_ids: torch.LongTensor | None,
+    token_type_ids: torch.LongTensor | None,
+) -> torch.Tensor | dict | None:
+    """
+    Gemma's attention masks, causal but inside an image's block, as Gemma 3's own classes make them.
+
+    Args:
+        inputs_embeds: [batch, S, ..]; only its shape, dtype and device count.
+        token_type_ids: [batch, S or more], 1 in blocks of Gemma's own image tokens, 2 in blocks of world tokens, 0
+            elsewhere; the last S count.
+
+    Returns:
+        What Gemma takes as `attention_mask`: masks by kind of layer, or one for all; or `attention_mask` as it came,
+        if no block is read both ways.
+
+    Raises:
+        ValueError: If the last token is inside a block that is read both ways, or flash attention, which has no masks,
+            would read one.
+    """
+    if token_type_ids is None or not config.has_two_way_blocks or isinstance(attention_mask, dict):
+        return attention_mask
+    two_way = token_type_ids == VISION_TYPE
+    if config.world_attention == "bidirectional":
+        two_way |= token_type_ids == WORLD_TYPE
+    if is_flash_attention_requested(config.text_config):
+        torch_compilable_check(
+            ~two_way.any(),
+            "Flash attention reads no image's block both ways, which this model does. Load it with "
+            '`attn_implementation="sdpa"`.',
+        )
+    torch_compilable_check(
+        ~two_way[:, -1].any(),  # a block's end token follows it
+        "The prompt, or the chunk of it, ends inside an image's block, whose tokens see each other both ways. Give "
+        "the whole block at once: with a greater `prefill_chunk_size`, or none.",
+    )
+    # Before these positions all is in the past, which each sees anyhow.
+    past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+    two_way = F.pad(two_way[:, -inputs_embeds.shape[1] :].long(), (past, 0))
+    arguments = {
+        "config": config.text_config,
+        "inputs_embeds": inputs_embeds,
+        "attention_mask": attention_mask,
+        "past_key_values": past_key_values,
+        "position_ids": position_ids,
+        "block_sequence_ids": get_block_sequence_ids_for_mask(two_way, device=inputs_embeds.device),
+    }
+    has_kinds = hasattr(config.text_config, "layer_types")
+    return create_masks_for_vision_model(**arguments) if has_kinds else create_causal_mask(**arguments)
