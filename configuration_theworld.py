@@ -123,6 +123,8 @@ class TheWorldConfig(PreTrainedConfig):
         image_token_id: Id of `<world>`, the token that world tokens take the place of. Default: Gemma 2's `<unused0>`.
         start_of_world_token_id: Id of `<start_of_world>`, just before an image's world tokens.
         end_of_world_token_id: Id of `<end_of_world>`, just after them.
+        video_token_id: Id of `<world_video>`, as `image_token_id` but for a video's world tokens. None: the model reads
+            no videos.
         world_attention: `"causal"`, or `"bidirectional"`: the world tokens of an image see each other both ways.
         vision_config: Gemma 3's own vision tower, a SigLIP; its config or a dict of its fields. None: there is none.
         mm_tokens_per_image: Tokens that Gemma's projector makes of what the tower sees, a square number.
@@ -153,6 +155,7 @@ class TheWorldConfig(PreTrainedConfig):
     image_token_id: int = 7
     start_of_world_token_id: int = 8
     end_of_world_token_id: int = 9
+    video_token_id: int | None = None
     world_attention: Literal["causal", "bidirectional"] = "causal"
     vision_config: dict | PreTrainedConfig | None = None
     mm_tokens_per_image: int = 256
@@ -204,16 +207,24 @@ class TheWorldConfig(PreTrainedConfig):
                 "which is the processor's to choose."
             )
 
-        token_ids = (self.image_token_id, self.start_of_world_token_id, self.end_of_world_token_id)
-        if len(set(token_ids)) != 3 or not all(0 <= token_id < self.text_config.vocab_size for token_id in token_ids):
-            raise ValueError(
-                "`image_token_id`, `start_of_world_token_id` and `end_of_world_token_id` must be three different ids "
-                f"below the vocabulary's {self.text_config.vocab_size}, got {token_ids}."
-            )
         if self.vision_config is not None:
-            self._validate_vision(token_ids)
+            self._validate_vision()
+        self._validate_token_ids()
 
-    def _validate_vision(self, world_token_ids: tuple[int, int, int]):
+    def _validate_token_ids(self):
+        """The places of all streams must be told apart."""
+        needed = ["image_token_id", "start_of_world_token_id", "end_of_world_token_id"]
+        needed += ["video_token_id"] if self.video_token_id is not None else []
+        needed += ["vision_token_id", "boi_token_id", "eoi_token_id"] if self.vision_config is not None else []
+        token_ids = {name: getattr(self, name) for name in needed}
+        known = {token_id for token_id in token_ids.values() if token_id is not None}
+        if len(known) != len(needed) or not all(0 <= token_id < self.text_config.vocab_size for token_id in known):
+            raise ValueError(
+                f"The ids of special tokens must be different ids below the vocabulary's "
+                f"{self.text_config.vocab_size}, got {token_ids}."
+            )
+
+    def _validate_vision(self):
         """The fields of Gemma 3's own vision against each other and the rest."""
         vision = self.vision_config
         if vision.model_type != VISION_MODEL_TYPE or self.text_config.model_type != "gemma3_text":
@@ -226,13 +237,6 @@ class TheWorldConfig(PreTrainedConfig):
             raise ValueError(
                 f"`mm_tokens_per_image` must be the square of a divisor of the tower's {patches} patches a side, got "
                 f"{self.mm_tokens_per_image}."
-            )
-        token_ids = (self.vision_token_id, self.boi_token_id, self.eoi_token_id)
-        known = [token_id for token_id in token_ids if token_id is not None]
-        if len({*known, *world_token_ids}) != 6 or not all(0 <= i < self.text_config.vocab_size for i in known):
-            raise ValueError(
-                "With `vision_config`, `vision_token_id`, `boi_token_id` and `eoi_token_id` must be three more ids "
-                f"below the vocabulary's {self.text_config.vocab_size}, got {token_ids} beside {world_token_ids}."
             )
 
     @property

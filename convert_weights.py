@@ -76,6 +76,7 @@ MODEL_FILES = (
     "modeling_theworld.py",
     "processing_theworld.py",
     "streams_theworld.py",
+    "videos_theworld.py",
 )
 HERE = Path(__file__).parent
 
@@ -234,9 +235,9 @@ def read_vision_fields(gemma: Source, dtype: str) -> dict:
 
 def add_world_tokens(gemma: Source) -> PreTrainedTokenizerBase:
     """
-    Gemma's tokenizer with TheWorld's three tokens.
+    Gemma's tokenizer with TheWorld's four tokens.
 
-    They take over the first three `<unusedN>` entries, so that the vocabulary and the embedding stay as they are, or
+    They take over the first four `<unusedN>` entries, so that the vocabulary and the embedding stay as they are, or
     follow the last entry where there are none. The entries are renamed in the text of copies: it is tens of megabytes,
     and to load it takes seconds.
     """
@@ -270,7 +271,8 @@ def build_config(
     **layout,
 ) -> TheWorldConfig:
     """The checkpoint's config; `layout` holds the fields that say how the latent becomes tokens."""
-    image_token_id, start_id, end_id = tokenizer.convert_tokens_to_ids(list(TheWorldProcessor.world_tokens))
+    token_ids = tokenizer.convert_tokens_to_ids(list(TheWorldProcessor.world_tokens))
+    image_token_id, start_id, end_id, video_token_id = token_ids
     if len(tokenizer) > text_config.vocab_size:
         text_config.vocab_size = 64 * math.ceil(len(tokenizer) / 64)
     text_config.dtype = dtype
@@ -282,6 +284,7 @@ def build_config(
         image_token_id=image_token_id,
         start_of_world_token_id=start_id,
         end_of_world_token_id=end_id,
+        video_token_id=video_token_id,
         dtype=dtype,
         architectures=[TheWorldForConditionalGeneration.__name__],
         **layout,
@@ -465,6 +468,7 @@ def write_generation_config(gemma: Source, config: TheWorldConfig, folder: Path)
     else:
         generation_config = GenerationConfig.from_model_config(config.text_config)
     world_token_ids = [config.image_token_id, config.start_of_world_token_id, config.end_of_world_token_id]
+    world_token_ids += [config.video_token_id]
     vision_token_ids = [config.vision_token_id, config.boi_token_id, config.eoi_token_id]
     generation_config.suppress_tokens = world_token_ids + (vision_token_ids if config.vision_config else [])
     generation_config.save_pretrained(folder)

@@ -1,12 +1,16 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
 """
-TheWorld: the latent of an image, one token a position, read by Gemma.
+TheWorld: the latent of an image or a video, one token a position, read by Gemma.
 
     B images, H x W pixels, z latent channels, h x w latent positions, N world tokens an image, D Gemma's width,
     S tokens in a prompt
 
     pixel_values [B, 3, H, W] -> TheWorldEncoder -> latents [B, z, h, w] -> TheWorldProjector -> world tokens [B, N, D]
     input_ids [.., S] -> embeddings [.., S, D], with world tokens in the places of `<world>` -> Gemma -> logits
+
+A video is V times T = 1 + 4k frames, and each latent frame after the first is made of four and knows all before it:
+
+    pixel_values_videos [V, T, 3, H, W] -> latents [V, 1 + k, z, h, w] -> [V, (1 + k) N, D], in the places of `<world_video>`
 
 Where Gemma 3 keeps its own eyes, an image also goes the way that Gemma made for it, M tokens an image or crop:
 
@@ -38,16 +42,18 @@ ENGINE_ATTENTION = ("vllm", "sglang")
 
 @dataclass
 class TheWorldModelOutputWithPast(BaseModelOutputWithPast):
-    """`BaseModelOutputWithPast`, and in `image_hidden_states` the world tokens [B, N, D] that went in."""
+    """`BaseModelOutputWithPast`, and the world tokens that went in: `image_hidden_states` and `video_hidden_states` [.., D]."""
 
     image_hidden_states: torch.Tensor | None = None
+    video_hidden_states: torch.Tensor | None = None
 
 
 @dataclass
 class TheWorldCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """`CausalLMOutputWithPast`, and in `image_hidden_states` the world tokens [B, N, D] that went in."""
+    """`CausalLMOutputWithPast`, and the world tokens that went in: `image_hidden_states` and `video_hidden_states` [.., D]."""
 
     image_hidden_states: torch.Tensor | None = None
+    video_hidden_states: torch.Tensor | None = None
 
 
 class TheWorldProjector(nn.Module):
@@ -98,7 +104,7 @@ class TheWorldProjector(nn.Module):
 class TheWorldPreTrainedModel(PreTrainedModel):
     config: TheWorldConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities = ("image", "video", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["TheWorldEncoder"]
     _skip_keys_device_placement = ["past_key_values"]
@@ -136,13 +142,17 @@ class TheWorldModel(TheWorldPreTrainedModel):
 
     def get_world_latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """
-        Encodes images to the latents that the projection reads; `forward` takes them back as `world_latents`.
+        Encodes images or videos to the latents that the projection reads.
+
+        `forward` takes them back as `world_latents`, those of videos as `world_latents_videos`.
 
         Args:
-            pixel_values: [B, 3, H, W], floating point, in [-1, 1], H and W multiples of 8.
+            pixel_values: Images [B, 3, H, W] or videos [V, T, 3, H, W], floating point, in [-1, 1], H and W multiples
+                of 8, T = 1 + 4k.
 
         Returns:
-            Latents [B, z, H / 8, W / 8] in the encoder's dtype; normalised if `config.normalize_latents`.
+            Latents [B, z, H / 8, W / 8] or [V, 1 + k, z, H / 8, W / 8] in the encoder's dtype; normalised if
+            `config.normalize_latents`.
 
         Raises:
             TypeError, ValueError: As [`TheWorldEncoder.forward`].
@@ -173,13 +183,33 @@ class TheWorldModel(TheWorldPreTrainedModel):
         """
         return self.get_latent_features(self.get_world_latents(pixel_values), **kwargs)
 
+    def get_video_features(
+        self, pixel_values_videos: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple | BaseModelOutputWithPooling:
+        """
+        Encodes and projects videos.
+
+        Args:
+            pixel_values_videos: [V, T, 3, H, W], floating point, in [-1, 1], T = 1 + 4k, H and W multiples of
+                `config.patch_size`.
+
+        Returns:
+            `last_hidden_state`: the latents [V, 1 + k, z, h, w]. `pooler_output`: the world tokens [V, (1 + k) N, D],
+            latent frame by latent frame.
+
+        Raises:
+            TypeError, ValueError: As [`TheWorldEncoder.forward`] and [`TheWorldProjector.forward`].
+        """
+        return self.get_latent_features(self.get_world_latents(pixel_values_videos), **kwargs)
+
     @can_return_tuple
     def get_latent_features(
         self, world_latents: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple | BaseModelOutputWithPooling:
-        """As [`TheWorldModel.get_image_features`], from latents [B, z, h, w] that `get_world_latents` returned."""
+        """As `get_image_features` or `get_video_features`, from latents that `get_world_latents` returned."""
+        tokens = self.world_projection(world_latents.flatten(0, -4))  # the frames of all videos
         return BaseModelOutputWithPooling(
-            last_hidden_state=world_latents, pooler_output=self.world_projection(world_latents)
+            last_hidden_state=world_latents, pooler_output=tokens.reshape(len(world_latents), -1, tokens.shape[-1])
         )
 
     @can_return_tuple
@@ -241,10 +271,20 @@ class TheWorldModel(TheWorldPreTrainedModel):
             came = [name for name in stream.inputs if inputs.get(name) is not None]
             if len(came) + (encoded is not None) > 1:
                 forms = " or as ".join(f"`{form}`" for form in (*stream.inputs, "mm_encoder_outputs"))
-                raise ValueError(f"Give the images once: as {forms}.")
+                raise ValueError(f"Give the {stream.item}s once: as {forms}.")
             for name in came:
+                if inputs[name].dim() != stream.ndim:
+                    raise ValueError(
+                        f"`{name}` must have {stream.ndim} dimensions, got {list(inputs[name].shape)}. "
+                        "TheWorldProcessor makes it: of `images` with 4, of `videos` with 5."
+                    )
                 encoded = getattr(self, stream.inputs[name])(inputs[name], return_dict=True)
             if encoded is not None:
+                if stream.token_id(self.config) is None:
+                    raise ValueError(
+                        f"A {stream.item} came, but this model has no `{stream.name}_token_id`, so no place for it. "
+                        "Convert its sources again with convert_weights.py."
+                    )
                 tokens[stream.name] = encoded.pooler_output
         return tokens
 
@@ -276,7 +316,7 @@ class TheWorldModel(TheWorldPreTrainedModel):
         Args:
             input_ids: [batch, S], or None to compare `inputs_embeds` with the embedding of a place.
             inputs_embeds: [batch, S, D]; needed only without `input_ids`.
-            features: The stream's tokens [images, N, D].
+            features: The stream's tokens [images or videos, N, D].
 
         Returns:
             Boolean mask [batch, S, 1].
@@ -285,13 +325,13 @@ class TheWorldModel(TheWorldPreTrainedModel):
             ValueError: If the numbers differ.
         """
         mask = self.find_places(input_ids, inputs_embeds, stream)
-        num_images, num_tokens = features.shape[:2]
+        num_items, num_tokens = features.shape[:2]
         torch_compilable_check(
-            mask.sum() == num_images * num_tokens,
+            mask.sum() == num_items * num_tokens,
             lambda: (
-                f"{num_images} image(s) of {num_tokens} {stream.kind} tokens need {num_images * num_tokens} "
-                f"`{stream.token}` places, but the prompts have {mask.sum(-1).tolist()}. TheWorldProcessor expands "
-                "one `<world>` an image."
+                f"{num_items} {stream.item}(s) of {num_tokens} {stream.kind} tokens need {num_items * num_tokens} "
+                f"`{stream.token}` places, but the prompts have {mask.sum(-1).tolist()}. TheWorldProcessor makes them "
+                "of one `<world>` an image and one `<world_video>` a video."
             ),
         )
         return mask.unsqueeze(-1)
@@ -313,7 +353,7 @@ class TheWorldModel(TheWorldPreTrainedModel):
             elif input_ids is not None and input_ids.shape[1] > 1:  # a prompt: decoding goes one token at a time
                 torch_compilable_check(
                     ~self.find_places(input_ids, inputs_embeds, stream).any(),
-                    f"The prompt has `{stream.token}` places but no image came with it. Give "
+                    f"The prompt has `{stream.token}` places but no {stream.item} came with it. Give "
                     f"{' or '.join(f'`{name}`' for name in stream.inputs)}, or leave `{stream.token}` out of the "
                     "prompt.",
                 )
@@ -335,13 +375,15 @@ class TheWorldModel(TheWorldPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         world_latents: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        world_latents_videos: torch.Tensor | None = None,
         vision_pixel_values: torch.Tensor | None = None,
         token_type_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | TheWorldModelOutputWithPast:
         """
-        Reads prompts with images in them; see [`TheWorldForConditionalGeneration.forward`] for the arguments.
+        Reads prompts with images and videos in them; see [`TheWorldForConditionalGeneration.forward`] for the arguments.
 
         Returns:
             `last_hidden_state` [batch, S, D], and Gemma's other outputs.
@@ -355,6 +397,8 @@ class TheWorldModel(TheWorldPreTrainedModel):
             mm_encoder_outputs,
             pixel_values=pixel_values,
             world_latents=world_latents,
+            pixel_values_videos=pixel_values_videos,
+            world_latents_videos=world_latents_videos,
             vision_pixel_values=vision_pixel_values,
         )
         if tokens and token_type_ids is None and self.config.has_two_way_blocks:
@@ -376,6 +420,7 @@ class TheWorldModel(TheWorldPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=tokens.get("image"),
+            video_hidden_states=tokens.get("video"),
         )
 
 
@@ -389,8 +434,10 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
         super().__init__(config)
         self.model = TheWorldModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        # One frame never reaches these. DistributedDataParallel would wait for their gradients.
-        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_parameters() if ".time_conv." in name]
+        if config.video_token_id is None:
+            # Images never reach these. DistributedDataParallel would wait for their gradients.
+            time_convs = [name for name, _ in self.named_parameters() if ".time_conv." in name]
+            self._ddp_params_and_buffers_to_ignore = time_convs
         self.post_init()
 
     @classmethod
@@ -430,6 +477,12 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
         """As [`TheWorldModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
+    def get_video_features(
+        self, pixel_values_videos: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple | BaseModelOutputWithPooling:
+        """As [`TheWorldModel.get_video_features`]."""
+        return self.model.get_video_features(pixel_values_videos, **kwargs)
+
     def get_vision_features(
         self, vision_pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple | BaseModelOutputWithPooling:
@@ -448,13 +501,15 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         world_latents: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        world_latents_videos: torch.Tensor | None = None,
         vision_pixel_values: torch.Tensor | None = None,
         token_type_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | TheWorldCausalLMOutputWithPast:
         """
-        Scores the next tokens of prompts with images in them.
+        Scores the next tokens of prompts with images and videos in them.
 
         Args:
             input_ids: [batch, S]; `<world>` N times for each image, as TheWorldProcessor expands it.
@@ -466,12 +521,16 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
             labels: [batch, S] token ids, -100 where none counts; shifted inside.
             logits_to_keep: How many of the last positions, or which, get logits; 0 for all.
             world_latents: [B, z, h, w] as `get_world_latents` returns them, in place of `pixel_values`.
+            pixel_values_videos: [V, T, 3, H, W], as `pixel_values` but of videos of T = 1 + 4k frames, for
+                `<world_video>` places.
+            world_latents_videos: [V, 1 + k, z, h, w], in place of `pixel_values_videos`.
             vision_pixel_values: [C, 3, s, s], floating point, with s the size of `config.vision_config`; the images of
                 all prompts and their crops, in their order.
             token_type_ids: [batch, S], 1 in the places of Gemma's own image tokens, 2 in those of world tokens: the
                 blocks that attention may read both ways. Found in the prompt where images come without them.
             mm_encoder_outputs: `{"image": get_image_features(...)}` in place of `pixel_values`, as `generate` does,
-                and `"vision": get_vision_features(...)` in place of `vision_pixel_values`.
+                `"video": get_video_features(...)` in place of `pixel_values_videos`, and `"vision":
+                get_vision_features(...)` in place of `vision_pixel_values`.
 
         Returns:
             `loss` if labels came, `logits` [batch, S, vocabulary], and Gemma's other outputs.
@@ -489,6 +548,8 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             world_latents=world_latents,
+            pixel_values_videos=pixel_values_videos,
+            world_latents_videos=world_latents_videos,
             vision_pixel_values=vision_pixel_values,
             token_type_ids=token_type_ids,
             mm_encoder_outputs=mm_encoder_outputs,
@@ -514,6 +575,7 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
+            video_hidden_states=outputs.video_hidden_states,
         )
 
     def prepare_inputs_for_generation(
@@ -562,7 +624,7 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
             places, places_per_image = mask.sum((1, 2)), features.shape[1]
             if (places % places_per_image).any():
                 raise ValueError(
-                    f"An image's {places_per_image} `{stream.token}` places must be in one prompt, but the prompts "
+                    f"The {places_per_image} `{stream.token}` places of one {stream.item} must be in one prompt, but the prompts "
                     f"have {places.tolist()}."
                 )
             by_prompt = features.split((places // places_per_image).tolist())

@@ -1,14 +1,17 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
 """
-Text and images to TheWorld's inputs: one `<world>` in a prompt becomes the places of an image's world tokens, and of
-Gemma 3's own image tokens where the model has them.
+Text, images and videos to TheWorld's inputs: one `<world>` in a prompt becomes the places of an image's world tokens,
+and of Gemma 3's own image tokens where the model has them; one `<world_video>` those of a video's.
 """
 
 import torch
 from transformers import BatchFeature, Gemma3Processor, ProcessorMixin, SiglipImageProcessorPil
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorKwargs, Gemma3ImageProcessorPil
-from transformers.processing_utils import MultiModalData, ProcessingKwargs
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs
+from transformers.video_utils import VideoInput, VideoMetadataType
+
+from .videos_theworld import count_videos_by_prompt, fill_up, flatten_metadata, flatten_videos, read_video
 
 
 # The tower sees images of one size, whatever the size of those that become world tokens; and only it sees crops.
@@ -24,8 +27,16 @@ class TheWorldImagesKwargs(Gemma3ImageProcessorKwargs, total=False):
     vision: bool
 
 
+class TheWorldVideosKwargs(ImagesKwargs, total=False):
+    """The image processor's, for each frame; the rate at which frames are taken, and what is known of the videos'."""
+
+    fps: float | int | None
+    video_metadata: VideoMetadataType | None
+
+
 class TheWorldProcessorKwargs(ProcessingKwargs, total=False):
     images_kwargs: TheWorldImagesKwargs
+    videos_kwargs: TheWorldVideosKwargs
     _defaults = {}  # transformers 5.17 reads it
 
 
@@ -54,18 +65,22 @@ def time_stamp(seconds: float) -> str:
 
 class TheWorldProcessor(ProcessorMixin):
     """
-    An image processor and a Gemma tokenizer with TheWorld's three tokens, in one call.
+    An image processor and a Gemma tokenizer with TheWorld's tokens, in one call.
 
     Args:
-        image_processor: Resizes and scales images to [-1, 1]. It always works on PIL's side, so that an image gives
+        image_processor: Resizes and scales images, and the frames of videos, to [-1, 1]. It always works on PIL's side, so that an image gives
             the same numbers whether torchvision is installed or not.
-        tokenizer: Gemma's, with `<world>`, `<start_of_world>` and `<end_of_world>`.
+        tokenizer: Gemma's, with `<world>`, `<start_of_world>` and `<end_of_world>`; and `<world_video>`, if the model
+            reads videos.
         chat_template: Jinja template of a conversation.
         patch_size: Pixels a side of the square that one world token stands for; `TheWorldConfig.patch_size`.
         image_seq_length: World tokens an image for `token_layout="channel"`, where their number and the image's size
             are fixed; None where they follow from the size.
         compression_ratio: Pixels a side of the square that one latent position stands for;
             `TheWorldEncoderConfig.spatial_compression_ratio`.
+        temporal_compression_ratio: Frames of a video, after its first, that one latent frame stands for;
+            `TheWorldEncoderConfig.temporal_compression_ratio`.
+        fps: Frames a second at which videos are read.
         vision_settings: Those of Gemma 3's image processor, for a model with `TheWorldConfig.vision_config`.
         vision_seq_length: Gemma's own tokens an image or crop; `TheWorldConfig.mm_tokens_per_image`.
         world_first: Whether an image's world tokens come before Gemma's own; `TheWorldConfig.world_first`.
@@ -78,7 +93,8 @@ class TheWorldProcessor(ProcessorMixin):
     image_token = "<world>"
     start_of_world_token = "<start_of_world>"
     end_of_world_token = "<end_of_world>"
-    world_tokens = (image_token, start_of_world_token, end_of_world_token)
+    video_token = "<world_video>"
+    world_tokens = (image_token, start_of_world_token, end_of_world_token, video_token)
 
     def __init__(
         self,
@@ -88,6 +104,8 @@ class TheWorldProcessor(ProcessorMixin):
         patch_size: int = 8,
         image_seq_length: int | None = None,
         compression_ratio: int = 8,
+        temporal_compression_ratio: int = 4,
+        fps: float = 8,
         vision_settings: dict | None = None,
         vision_seq_length: int = 256,
         world_first: bool = True,
@@ -95,7 +113,7 @@ class TheWorldProcessor(ProcessorMixin):
         if image_processor.backend != "pil":
             image_processor = SiglipImageProcessorPil(**image_processor.to_dict())
         vocabulary = tokenizer.get_vocab()
-        missing = [token for token in self.world_tokens if token not in vocabulary]
+        missing = [token for token in self.world_tokens[:3] if token not in vocabulary]
         if missing:
             raise ValueError(
                 f"The tokenizer has no {', '.join(missing)}. Use the one that convert_weights.py wrote with the model."
@@ -107,46 +125,62 @@ class TheWorldProcessor(ProcessorMixin):
         self.patch_size = patch_size
         self.image_seq_length = image_seq_length
         self.compression_ratio = compression_ratio
+        self.temporal_compression_ratio = temporal_compression_ratio
+        self.fps = fps
         self.vision_settings = vision_settings
         self.vision_seq_length = vision_seq_length
         self.world_first = world_first
         self.image_token_id = vocabulary[self.image_token]
+        self.video_token_id = vocabulary.get(self.video_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        # Frames are images. (transformers' own video processors need torchvision.)
+        self.video_processor = self.image_processor
 
     def __call__(
         self,
         images: ImageInput | None = None,
         text: str | list[str] | None = None,
+        videos: VideoInput | None = None,
         *,
         world_latents: torch.Tensor | list | None = None,
         **kwargs,
     ) -> BatchFeature:
         """
-        Text and images to the model's inputs.
+        Text, images and videos to the model's inputs.
+
+        A video is read at `fps` frames a second. If there are not 1 + 4k of them, the last is repeated until there are,
+        so that none is lost. Each latent frame's places have the time of its last frame before them, as "0.500s".
 
         Args:
             images: An image, a list of the images of all prompts, or a list of images for each prompt.
-            text: A prompt or several, with one `<world>` for each image.
+            text: A prompt or several, with one `<world>` for each image and one `<world_video>` for each video.
+            videos: A video, a list of the videos of all prompts, or a list of videos for each prompt. A video is a
+                list of PIL images or of arrays [H, W, 3], an array [T, H, W, 3], an animated PIL image, or the name of
+                a file: of a GIF, or of what `transformers.video_utils.load_video` reads (with PyAV installed).
             world_latents: In place of `images`: latents of images, as the model's `get_world_latents` returns them,
                 [B, z, h, w]; or a list of [z, h, w], or a list of those for each prompt.
-            kwargs: The tokenizer's and the image processors': `size` is that of the image that becomes world tokens,
+            kwargs: The tokenizer's and the image processors', and those of videos: `fps`, and `video_metadata`, whose
+                `fps` says how many frames a second lists and arrays have; without it they have the wanted rate, and
+                all are read. `size` is that of images and frames that become world tokens,
                 `do_pan_and_scan` and its like are Gemma 3's. `world=False` or `vision=False` leaves one stream out of
                 prompts and inputs: without the world, they are those of Gemma 3's processor.
 
         Returns:
-            `input_ids`, `attention_mask`, and `pixel_values` or `world_latents`; with vision, `vision_pixel_values`
+            `input_ids`, `attention_mask`, and `pixel_values` or `world_latents`; `pixel_values_videos` [V, T, 3, H, W],
+            float32; with vision, `vision_pixel_values`
             and `token_type_ids` as well.
 
         Raises:
-            ValueError: If images and `<world>` differ in number, images come twice, or the tower, which reads no
-                latents, would get them.
+            TypeError: If something among the videos is no video.
+            ValueError: If images and `<world>`, or videos and `<world_video>`, differ in number, images come twice,
+                videos of one call differ in length, or the tower, which reads no latents, would get them.
         """
         if world_latents is not None:
             if images is not None:
                 raise ValueError("Give the images once: as `images` or as `world_latents`.")
             kwargs["images_kwargs"] = {**kwargs.get("images_kwargs", {}), "encoded": True}
             images = list(world_latents) if isinstance(world_latents, torch.Tensor) else world_latents
-        inputs = super().__call__(images=images, text=text, **kwargs)
+        inputs = super().__call__(images=images, text=text, videos=videos, **kwargs)
         if self.vision_settings is not None and "input_ids" in inputs:
             inputs["token_type_ids"] = self.create_token_type_ids(inputs["input_ids"])
         return inputs
@@ -155,26 +189,49 @@ class TheWorldProcessor(ProcessorMixin):
         """1 in the places of Gemma's own image tokens, as Gemma 3's processor; 2 in those of world tokens; else 0."""
         if isinstance(input_ids, list):
             return [self.create_token_type_ids(torch.tensor(prompt)).tolist() for prompt in input_ids]
-        return 1 * (input_ids == self.tokenizer.image_token_id) + 2 * (input_ids == self.image_token_id)
+        of_world = (input_ids == self.image_token_id) | (input_ids == self.video_token_id)
+        return 1 * (input_ids == self.tokenizer.image_token_id) + 2 * of_world
 
-    def validate_inputs(self, images: ImageInput | None = None, text: list[str] | None = None, **kwargs):
-        """Checks that every prompt has one `<world>` for each of its images; raises a `ValueError` where not."""
-        flat_images = flatten_images(images)
+    def validate_inputs(
+        self,
+        images: ImageInput | None = None,
+        text: list[str] | None = None,
+        videos: VideoInput | None = None,
+        audio: None = None,
+        **kwargs,
+    ):
+        """Checks that every prompt has one `<world>` for each of its images, and `<world_video>` for each video."""
+        if images is None and text is None and videos is None:
+            raise ValueError("Give `text`, `images` or `videos`; nothing came.")
+        if audio is not None:
+            raise ValueError("TheWorld reads text, images and videos, got `audio`.")
+        if videos is not None and self.video_token_id is None:
+            raise ValueError(
+                f"Videos came, but this model's tokenizer has no `{self.video_token}`. Convert its sources again with "
+                "convert_weights.py."
+            )
         if text is not None:
-            expected = [prompt.count(self.image_token) for prompt in text]
-            if grouped_by_prompt(images):
-                given = [len(prompt_images) for prompt_images in images]
-                if given != expected:
-                    raise ValueError(
-                        f"Each prompt needs one `{self.image_token}` for each of its images: the prompts have "
-                        f"{expected}, the images are {given}."
-                    )
-            elif sum(expected) != len(flat_images):
-                raise ValueError(
-                    f"The prompts have {sum(expected)} `{self.image_token}`, but {len(flat_images)} image(s) came. "
-                    f"Write one `{self.image_token}` in a prompt where each image belongs."
-                )
-        super().validate_inputs(images=flat_images or None, text=text, **kwargs)
+            if not all(isinstance(prompt, str) for prompt in text):
+                raise ValueError("`text` must be a string or a list of strings.")
+            by_prompt = [len(of_prompt) for of_prompt in images] if grouped_by_prompt(images) else None
+            self._check_places(text, self.image_token, "image", len(flatten_images(images)), by_prompt)
+            self._check_places(
+                text, self.video_token, "video", len(flatten_videos(videos)), count_videos_by_prompt(videos)
+            )
+
+    def _check_places(self, text: list[str], token: str, kind: str, number: int, by_prompt: list[int] | None):
+        """Raises if the prompts have not one `token` for each image or video."""
+        expected = [prompt.count(token) for prompt in text]
+        if by_prompt is not None and by_prompt != expected:
+            raise ValueError(
+                f"Each prompt needs one `{token}` for each of its {kind}s: the prompts have {expected}, the {kind}s "
+                f"are {by_prompt}."
+            )
+        if sum(expected) != number:
+            raise ValueError(
+                f"The prompts have {sum(expected)} `{token}`, but {number} {kind}(s) came. Write one `{token}` in a "
+                f"prompt where each {kind} belongs."
+            )
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """The text that stands for one image: its world tokens' places between the start and end tokens."""
@@ -233,6 +290,34 @@ class TheWorldProcessor(ProcessorMixin):
         inputs = image_processor(images, **kwargs)
         texts = [gemma.replace_image_token(inputs, number) for number in range(len(images))]
         return {"vision_pixel_values": inputs["pixel_values"]}, texts
+
+    def _process_videos(
+        self,
+        videos: VideoInput,
+        fps: float | None = None,
+        video_metadata: VideoMetadataType | None = None,
+        **kwargs,
+    ) -> tuple[dict, list[str]]:
+        """`pixel_values_videos`, and the text that stands for each video: times, and world tokens' places."""
+        videos = flatten_videos(videos)
+        if not videos:
+            return {}, []
+        metadata = flatten_metadata(video_metadata, len(videos))
+        fps = self.fps if fps is None else fps
+        pixel_values, texts = [], []
+        for video, known in zip(videos, metadata, strict=True):
+            frames, times = fill_up(*read_video(video, fps, known), self.temporal_compression_ratio)
+            pixel_values.append(torch.as_tensor(self.image_processor(frames, **kwargs)["pixel_values"]))
+            num_tokens = self._num_world_tokens(*pixel_values[-1].shape[-2:])
+            places = self.start_of_world_token + self.video_token * num_tokens + self.end_of_world_token
+            texts.append("".join(time_stamp(time) + places for time in times[:: self.temporal_compression_ratio]))
+        shapes = [list(frames.shape) for frames in pixel_values]
+        if any(shape != shapes[0] for shape in shapes):
+            raise ValueError(
+                f"The videos of one call must have as many frames, and the same size, but they are [T, 3, H, W] = "
+                f"{shapes} at {fps} frames a second. Give them one by one, or cut them to one length."
+            )
+        return {"pixel_values_videos": torch.stack(pixel_values)}, texts
 
     def _num_world_tokens(self, height: int, width: int) -> int:
         """World tokens of an image of `height` x `width` pixels as the model gets it."""

@@ -28,6 +28,8 @@ class Stream:
 
     Args:
         name: Its key in `mm_encoder_outputs`.
+        item: What brings it: an image or a video.
+        ndim: Dimensions of what the arguments bring.
         kind: What messages call its tokens.
         token: Its places in a prompt.
         type_id: Its `token_type_ids`.
@@ -35,6 +37,8 @@ class Stream:
     """
 
     name: str
+    item: str
+    ndim: int
     kind: str
     token: str
     type_id: int
@@ -48,6 +52,8 @@ class Stream:
 STREAMS = (
     Stream(
         "image",
+        item="image",
+        ndim=4,
         kind="world",
         token="<world>",
         type_id=WORLD_TYPE,
@@ -55,10 +61,21 @@ STREAMS = (
     ),
     Stream(
         "vision",
+        item="image",
+        ndim=4,
         kind="Gemma's own",
         token="<image_soft_token>",
         type_id=VISION_TYPE,
         inputs={"vision_pixel_values": "get_vision_features"},
+    ),
+    Stream(
+        "video",
+        item="video",
+        ndim=5,
+        kind="world",
+        token="<world_video>",
+        type_id=WORLD_TYPE,
+        inputs={"pixel_values_videos": "get_video_features", "world_latents_videos": "get_latent_features"},
     ),
 )
 

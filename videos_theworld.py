@@ -5,13 +5,13 @@ Videos to frames at a steady rate: which are taken, when each of them was, and w
 What a frame looks like is the image processor's to say.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageSequence
-from transformers.video_utils import VideoMetadata, load_video
+from transformers.video_utils import VideoMetadataType, load_video
 
 
 def is_frame(item: Any) -> bool:
@@ -47,6 +47,29 @@ def flatten_videos(videos: Any) -> list:
     return [video for entry in videos for video in flatten_videos(entry)]
 
 
+def count_videos_by_prompt(videos: Any) -> list[int] | None:
+    """How many videos each prompt has, if `videos` is a list of (maybe empty) lists of videos; else None."""
+    entries = videos if isinstance(videos, list | tuple) else []
+    if not entries or not all(isinstance(entry, list | tuple) and not is_video(entry) for entry in entries):
+        return None
+    return [len(flatten_videos(entry)) for entry in entries]
+
+
+def flatten_metadata(metadata: VideoMetadataType | None, num_videos: int) -> list[Mapping | None]:
+    """
+    What is known of each video: the same of all if `metadata` is not a list.
+
+    Raises:
+        ValueError: If it is a list for another number of videos.
+    """
+    if metadata is None or isinstance(metadata, Mapping):
+        return [metadata] * num_videos
+    flat = [known for entry in metadata for known in (entry if isinstance(entry, list | tuple) else [entry])]
+    if len(flat) != num_videos:
+        raise ValueError(f"`video_metadata` must have an entry for each of {num_videos} video(s), got {len(flat)}.")
+    return flat
+
+
 def times_of(num_frames: int, fps: float) -> np.ndarray:
     """When each of `num_frames` frames begins, in seconds."""
     return np.arange(num_frames) / fps
@@ -62,7 +85,7 @@ def sample_frames(times: np.ndarray, fps: float) -> np.ndarray:
     return np.searchsorted(times - times[0], steady + 1e-6, side="right") - 1
 
 
-def read_video(video: Any, fps: float, metadata: VideoMetadata | dict | None = None) -> tuple[Sequence, np.ndarray]:
+def read_video(video: Any, fps: float, metadata: Mapping | None = None) -> tuple[Sequence, np.ndarray]:
     """
     The frames of a video at a steady rate.
 

@@ -18,6 +18,7 @@ MODEL_FILES = {
     "modeling_theworld.py",
     "processing_theworld.py",
     "streams_theworld.py",
+    "videos_theworld.py",
 }
 
 

@@ -511,9 +511,9 @@ GOOD_FIELDS = {
         ({"mm_tokens_per_image": 60}, "square of a divisor of the tower's 16 patches a side, got 60"),
         ({"mm_tokens_per_image": 9}, "square of a divisor of the tower's 16 patches a side, got 9"),
         ({"mm_tokens_per_image": 0}, "square of a divisor"),
-        ({"boi_token_id": None}, r"must be three more ids below the vocabulary's 512, got \(10, None, 12\)"),
-        ({"vision_token_id": 7}, r"three more ids .* got \(7, 11, 12\) beside \(7, 8, 9\)"),
-        ({"eoi_token_id": 512}, "three more ids"),
+        ({"boi_token_id": None}, r"must be different ids below the vocabulary's 512, got .* 'boi_token_id': None"),
+        ({"vision_token_id": 7}, r"different ids .* 'vision_token_id': 7"),
+        ({"eoi_token_id": 512}, "different ids"),
         ({"world_attention": "both"}, "world_attention"),
     ],
 )
