@@ -233,7 +233,7 @@ class TheWorldModel(TheWorldPreTrainedModel):
             inputs: `forward`'s arguments by the names that `STREAMS` lists.
 
         Raises:
-            ValueError: If a stream came in more than one form.
+            ValueError: If a stream came in more than one form, or this model has no places for it.
         """
         tokens = {}
         for stream in STREAMS:
@@ -246,6 +246,8 @@ class TheWorldModel(TheWorldPreTrainedModel):
                 encoded = getattr(self, stream.inputs[name])(inputs[name], return_dict=True)
             if encoded is not None:
                 tokens[stream.name] = encoded.pooler_output
+                if stream not in self.streams:
+                    raise ValueError(f"{stream.kind} tokens of an image came, but this model has no places for them.")
         return tokens
 
     @property
