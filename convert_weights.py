@@ -58,7 +58,8 @@ GEMMA_ARCHITECTURES = (
     "Gemma3ForCausalLM",
     MULTIMODAL_GEMMA,
 )
-# Gemma3Processor's own, which its preprocessor_config.json leaves open (tests/test_vision.py compares with it).
+# Gemma3Processor's own, which its preprocessor_config.json leaves open (tests/test_vision.py compares with it);
+# written out, because the versions of transformers keep them in different places.
 PAN_AND_SCAN = {
     "do_convert_rgb": True,
     "do_pan_and_scan": False,

@@ -263,7 +263,7 @@ class TheWorldModel(TheWorldPreTrainedModel):
             inputs: `forward`'s arguments by the names that `STREAMS` lists.
 
         Raises:
-            ValueError: If a stream came in more than one form.
+            ValueError: If a stream came in more than one form, or this model has no places for it.
         """
         tokens = {}
         for stream in STREAMS:
@@ -286,6 +286,8 @@ class TheWorldModel(TheWorldPreTrainedModel):
                         "Convert its sources again with convert_weights.py."
                     )
                 tokens[stream.name] = encoded.pooler_output
+                if stream not in self.streams:
+                    raise ValueError(f"{stream.kind} tokens of an image came, but this model has no places for them.")
         return tokens
 
     @property

@@ -247,6 +247,9 @@ class TheWorldProcessor(ProcessorMixin):
     ) -> tuple[dict, list[str]]:
         """The model's inputs for images, or for latents if they are `encoded`, and the text that stands for each."""
         images = flatten_images(images)
+        for name in VISION_ONLY if self.vision_settings is None else ():
+            if kwargs.get(name) is not None:
+                raise ValueError(f"`{name}` is for Gemma 3's own vision, which this model has not. Leave it out.")
         vision = self.vision_settings is not None if vision is None else vision
         nothing = {}, [""] * len(images)
         if not images:

@@ -32,8 +32,10 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     DynamicCache,
+    Gemma3Config,
     Gemma3Processor,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from conversations import ConversationCollator
 from convert_weights import main, map_gemma_key
@@ -41,7 +43,9 @@ from theworld import TheWorldConfig
 
 
 ROOT = Path(__file__).parent.parent
-SECTION = (ROOT / "README.md").read_text().split("\n### Vision and world\n")[1].split("\n## ")[0]
+README = (ROOT / "README.md").read_text()
+SECTION = README.split("\n### Vision and world\n")[1].split("\n## ")[0]
+FIGURE = README.split("```text\n")[1].split("```")[0]
 
 STREAMS_OFF = {"neither": {}, "world": {"world": False}, "vision": {"vision": False}}
 # Two images in one prompt, none, one.
@@ -138,9 +142,14 @@ def test_with_the_world_off_it_is_gemma_3_bit_for_bit(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("world_attention", ["causal", "bidirectional"])
 @pytest.mark.parametrize("off", STREAMS_OFF)
-def test_each_stream_and_both_equal_gemma_3_on_the_same_embeddings(gemma, model, processor, off):
+def test_each_stream_and_both_equal_gemma_3_on_the_same_embeddings(
+    gemma, convert_whole, processor, off, world_attention
+):
     """World tokens are put in place by hand; the rest is Gemma 3's own class."""
+    folder = convert_whole("--world-attention", world_attention)
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
     inputs = batch(processor, **STREAMS_OFF[off])
     assert ("pixel_values" in inputs, "vision_pixel_values" in inputs) == (off != "world", off != "vision")
     embeds = gemma.get_input_embeddings()(inputs["input_ids"])
@@ -148,11 +157,13 @@ def test_each_stream_and_both_equal_gemma_3_on_the_same_embeddings(gemma, model,
         tokens = model.get_image_features(inputs["pixel_values"]).pooler_output
         places = (inputs["input_ids"] == model.config.image_token_id).unsqueeze(-1)
         embeds = embeds.masked_scatter(places, tokens)
+    types = inputs["token_type_ids"]
+    two_way_world = (types == 2) & (world_attention == "bidirectional")
     expected = gemma(
         inputs_embeds=embeds,
         pixel_values=inputs.get("vision_pixel_values"),
         attention_mask=inputs["attention_mask"],
-        token_type_ids=(inputs["token_type_ids"] == 1).long(),
+        token_type_ids=((types == 1) | two_way_world).long(),
     )
     assert torch.equal(model(**inputs).logits, expected.logits)
 
@@ -412,6 +423,12 @@ def test_a_model_without_vision_says_so(convert):
         model.get_vision_features(torch.zeros(1, 3, 32, 32))
     with pytest.raises(ValueError, match="`vision=True` asks for Gemma 3's own vision"):
         processor(text="<world>", images=photos(1), vision=True)
+    with pytest.raises(ValueError, match="`do_pan_and_scan` is for Gemma 3's own vision"):
+        processor(text="<world>", images=photos(1), do_pan_and_scan=True)
+    inputs = processor(text=f"<world>{QUESTION}", images=photos(1), return_tensors="pt")
+    encoded = {"vision": BaseModelOutputWithPooling(pooler_output=torch.zeros(1, 64, 64))}
+    with pytest.raises(ValueError, match="Gemma's own tokens of an image came, but this model has no places"):
+        model(**inputs, mm_encoder_outputs=encoded)
 
 
 def test_a_processor_whose_tokenizer_is_not_gemma_3_s_is_refused(convert, processor):
@@ -434,6 +451,34 @@ def test_the_demo_says_that_it_reads_world_tokens_alone(checkpoint):
     arguments = [sys.executable, "demo.py", "assets/scene.png", "what is it?", "--model", str(checkpoint)]
     output = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
     assert output.returncode != 0 and "Gemma 3's tower reads no latents" in output.stderr
+
+
+@torch.no_grad()
+def test_the_readmes_figure_has_the_shapes_of_both_paths(model, processor):
+    inputs = processor(
+        text=f"<world>{QUESTION}", images=photos(1), size={"height": 32, "width": 48}, return_tensors="pt"
+    )
+    world = model.get_image_features(inputs["pixel_values"])
+    vision = model.get_vision_features(inputs["vision_pixel_values"])
+    shapes = {
+        "pixel_values": inputs["pixel_values"].shape,
+        "vision_pixel_values": inputs["vision_pixel_values"].shape,
+        "latents": world.last_hidden_state.shape,
+        "world tokens": world.pooler_output.shape,
+        "image tokens": vision.pooler_output.shape,
+        "input_ids": inputs["input_ids"].shape,
+        "embeddings": model.get_input_embeddings()(inputs["input_ids"]).shape,
+    }
+    text = model.config.text_config.hidden_size
+    letters = {"batch": 1, "B": 1, "C": 1, "H": 32, "W": 48, "s": 32, "N": 24, "M": 64, "D": text}
+    letters["S"] = inputs["input_ids"].shape[1]
+    drawn = dict(re.findall(r"(\w+_\w+|latents|world tokens|image tokens|embeddings) (\([^)]+\))", FIGURE))
+    assert {name: eval(shape, {}, letters) for name, shape in drawn.items()} == shapes
+    assert f"M = {Gemma3Config().mm_tokens_per_image} tokens" in README
+    for token, count in (("<world>", "N"), ("<image_soft_token>", "M")):
+        assert f"{count} x {token}" in FIGURE
+        places = inputs["input_ids"] == processor.tokenizer.convert_tokens_to_ids(token)
+        assert places.sum() == letters[count]
 
 
 @pytest.mark.parametrize("snippet", re.findall(r"^```python\n(.*?)^```", SECTION, flags=re.DOTALL | re.MULTILINE))
