@@ -134,12 +134,11 @@ class TheWorldEncoder(nn.Module):
         chunks = [1] * first + [ratio] * ((num_frames - first) // ratio)
         num_convs = sum(isinstance(module, WanCausalConv3d) for module in self.encoder.modules())
         layers = [list(past) for past in cache.layers] or [[None] * num_convs for _ in groups]
+        # The compiler chooses the layout; one frame's channels last it gets wrong (torch 2.13).
+        layout = torch.contiguous_format if torch.compiler.is_compiling() else torch.channels_last_3d
         latents = []
         for group, past in zip(groups, layers, strict=True):
-            frames = (
-                chunk.contiguous(memory_format=torch.channels_last_3d)
-                for chunk in group.transpose(1, 2).split(chunks, dim=2)
-            )
+            frames = (chunk.contiguous(memory_format=layout) for chunk in group.transpose(1, 2).split(chunks, dim=2))
             latents.append(torch.cat([self.mode(chunk, past) for chunk in frames], dim=2))
         # Last, so that a call that failed leaves the cache where it was.
         cache.shape, cache.num_frames, cache.layers = shape, cache.num_frames + num_frames, tuple(layers)

@@ -250,11 +250,11 @@ class FrameConv(WanCausalConv3d):
     """`WanCausalConv3d`, which needs its last time slice alone for a first frame [B, C, 1, H, W]."""
 
     def forward(self, x: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
+        if cache_x is None and x.shape[2] == 1:
+            return F.conv2d(x.squeeze(2), self.weight[:, :, -1], self.bias, padding="same").unsqueeze(2)
         if self.kernel_size == (1, 1, 1):  # frames below each other: PyTorch is slow in three dimensions
-            return F.conv2d(x.flatten(2, 3), self.weight[:, :, 0], self.bias).view(x.shape[0], -1, *x.shape[2:])
-        if cache_x is not None or x.shape[2] > 1:
-            return super().forward(x, cache_x)
-        return F.conv2d(x.squeeze(2), self.weight[:, :, -1], self.bias, padding="same").unsqueeze(2)
+            return F.conv2d(x.flatten(2, 3), self.weight[:, :, 0], self.bias).unflatten(2, x.shape[2:4])
+        return super().forward(x, cache_x)
 
 
 class FrameResidualBlock(WanResidualBlock):
@@ -321,8 +321,8 @@ class FrameDownsample(WanResample):
     def forward(
         self, x: torch.Tensor, feat_cache: list[torch.Tensor | None] | None = None, feat_idx: list[int] | None = None
     ) -> torch.Tensor:
-        frames = self.halve(x.transpose(1, 2).flatten(0, 1), is_plain_on_cpu(self, x))
-        x = frames.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+        in_bands = is_plain_on_cpu(self, x)
+        x = torch.cat([self.halve(frame, in_bands).unsqueeze(2) for frame in x.unbind(2)], dim=2)
         if feat_cache is None or self.mode != "downsample3d":
             return x
         index = feat_idx[0]
@@ -330,13 +330,13 @@ class FrameDownsample(WanResample):
         last_before, feat_cache[index] = feat_cache[index], x[:, :, -1:].clone()
         return x if last_before is None else self.time_conv(torch.cat([last_before, x], dim=2))
 
-    def halve(self, frames: torch.Tensor, in_bands: bool) -> torch.Tensor:
-        """Frames [.., C, H, W] to half the height and width."""
+    def halve(self, frame: torch.Tensor, in_bands: bool) -> torch.Tensor:
+        """A frame [B, C, H, W] to half the height and width."""
         if not in_bands:
-            return self.resample(frames)
+            return self.resample(frame)
         # In bands, so that no second frame with padding around it is made; a band reads one row of the next.
         pad, conv = self.resample
-        bands = [frames[:, :, top : top + ROWS_A_BAND + 1] for top in range(0, frames.shape[2], ROWS_A_BAND)]
+        bands = [frame[:, :, top : top + ROWS_A_BAND + 1] for top in range(0, frame.shape[2], ROWS_A_BAND)]
         *upper, last = bands
         return torch.cat([conv(F.pad(band, (0, 1))) for band in upper] + [conv(pad(last))], dim=2)
 

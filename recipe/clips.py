@@ -2,7 +2,7 @@
 """
 Drawn clips with questions that no single frame answers, from a seed, the same on every machine.
 
-    clip = draw_clip(SPLITS["test"][0])
+    clip = make_clip(SPLITS["test"][0])
     clip.frames                      nine PIL images of 64 x 64 pixels, an eighth of a second apart
     clip.questions[0]                Question(kind="direction", text="Which way does the red star move?", answer="up")
 
@@ -56,12 +56,23 @@ class Mover:
 
 @dataclass(frozen=True)
 class Clip:
-    frames: tuple[Image.Image, ...]
-    questions: tuple[Question, ...]
     movers: tuple[Mover, ...]
+    questions: tuple[Question, ...]
+    canvas_seed: int
 
     def things_at(self, frame: int) -> tuple[Thing, ...]:
         return tuple(mover.at(frame / (NUM_FRAMES - 1)) for mover in self.movers)
+
+    @property
+    def frames(self) -> tuple[Image.Image, ...]:
+        """The frames, drawn anew, all with the ground, the shades and the noise of one seed."""
+        frames = []
+        for frame in range(NUM_FRAMES):
+            canvas = Canvas(Random(self.canvas_seed))
+            for thing in self.things_at(frame):
+                canvas.add_thing(thing)
+            frames.append(canvas.finish())
+        return tuple(frames)
 
 
 def fits(movers: Sequence[Mover]) -> bool:
@@ -141,18 +152,7 @@ def make_ending(random: Random) -> tuple[list[Mover], list[Question]] | None:
     return [mover, Mover(other)], [Question("next", f"Will the {one.name} hit, leave or stop?", answer)]
 
 
-def draw_frames(movers: Sequence[Mover], seed: int) -> tuple[Image.Image, ...]:
-    """The frames, all with the ground, the shades and the noise of one seed."""
-    frames = []
-    for frame in range(NUM_FRAMES):
-        canvas = Canvas(Random(seed))
-        for mover in movers:
-            canvas.add_thing(mover.at(frame / (NUM_FRAMES - 1)))
-        frames.append(canvas.finish())
-    return tuple(frames)
-
-
-def draw_clip(seed: int) -> Clip:
+def make_clip(seed: int) -> Clip:
     """The clip of a seed: of one thing that travels, of two that may meet, or of one that may hit another."""
     random = Random(seed)
     make = random.choice((make_travel, make_meeting, make_ending))
@@ -162,6 +162,5 @@ def draw_clip(seed: int) -> Clip:
     things = [mover.thing for mover in movers]
     asked = [ask(random, things) for ask in (ask_shape, ask_colour, ask_existence)]
     questions += [question for question in asked if question is not None]
-    return Clip(
-        draw_frames(movers, random.getrandbits(64)), tuple(random.sample(questions, len(questions))), tuple(movers)
-    )
+    canvas_seed = random.getrandbits(64)
+    return Clip(tuple(movers), tuple(random.sample(questions, len(questions))), canvas_seed)

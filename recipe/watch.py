@@ -17,7 +17,7 @@ from theworld.encoder_theworld import TheWorldEncoder
 
 from . import align
 from .align import Trainee
-from .clips import FRAMES_A_LATENT, Clip, draw_clip
+from .clips import FRAMES_A_LATENT, Clip, make_clip
 from .scenes import SPLITS, draw_scene
 from .training import train
 
@@ -99,7 +99,7 @@ def see_motion(checkpoint: Path, run: Path, steps: int) -> tuple:
 
     def make_batch(step: int) -> dict[str, torch.Tensor]:
         seeds = SPLITS["train"][step * BATCH_SIZE : (step + 1) * BATCH_SIZE]
-        return {"frames": frames_of([draw_clip(seed) for seed in seeds])}
+        return {"frames": frames_of([make_clip(seed) for seed in seeds])}
 
     train(playback, make_batch, steps, align.LEARNING_RATE, run)
     for conv in convs:
@@ -112,7 +112,7 @@ def cache_clips(checkpoint: Path, num_clips: int, file: Path) -> None:
     model = Trainee(checkpoint).model
     latents = []
     for start in tqdm(range(0, num_clips, 20), desc="latents", unit="20 clips"):
-        clips = [draw_clip(seed) for seed in SPLITS["train"][start : start + 20]]
+        clips = [make_clip(seed) for seed in SPLITS["train"][start : start + 20]]
         with torch.no_grad():
             latents.append(model.get_world_latents(frames_of(clips)))
     save_file({"latents": torch.cat(latents).contiguous()}, unfinished := file.with_suffix(".unfinished"))
@@ -128,11 +128,11 @@ def watch(checkpoint: Path, scene_cache: Path, clip_cache: Path, run: Path, step
     def make_batch(step: int) -> dict[str, torch.Tensor]:
         random = Random(step)
         if random.random() < SCENE_SHARE:
-            seeds = random.sample(range(len(scene_latents)), align.BATCH_SIZE)
+            seeds = random.sample(range(len(scene_latents)), BATCH_SIZE)
             rows = trainee.rows.batch([draw_scene(seed) for seed in seeds], random)
             return {**rows, "world_latents": scene_latents[seeds]}
-        seeds = random.sample(range(len(clip_latents)), align.BATCH_SIZE)
-        rows = trainee.rows.batch([draw_clip(seed) for seed in seeds], random)
+        seeds = random.sample(range(len(clip_latents)), BATCH_SIZE)
+        rows = trainee.rows.batch([make_clip(seed) for seed in seeds], random)
         return {**rows, "world_latents_videos": clip_latents[seeds]}
 
-    return trainee.train(make_batch, steps, align.LEARNING_RATE / 2, run)
+    return trainee.train(make_batch, steps, align.LEARNING_RATE / 3, run)

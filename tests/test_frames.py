@@ -74,6 +74,15 @@ def test_halving_in_bands_gives_the_numbers_of_diffusers(size):
     torch.testing.assert_close(ours(x), theirs(x), atol=1e-6, rtol=1e-6)
 
 
+@torch.no_grad()
+def test_halving_keeps_the_layout_that_convolutions_are_fast_in():
+    """PyTorch reads it from all strides, even that of a batch of one."""
+    _, ours = pair(WanResample(8, mode="downsample3d"))
+    image = torch.randn(1, 8, 64, 32).to(memory_format=torch.channels_last)
+    half = torch.empty(1, 8, 32, 16, memory_format=torch.channels_last)
+    assert ours(image.unsqueeze(2)).squeeze(2).stride() == half.stride()
+
+
 def use_grad(block, x):
     return block(x)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample, WanResidualBlock
+from torch import nn
 
 from benchmarks.measure import MEMORY, in_turns, run_fresh
 from theworld import TheWorldEncoderConfig, frames_theworld
@@ -17,12 +18,17 @@ from theworld.encoder_theworld import PIXELS_AT_ONCE, TheWorldEncoder, VideoCach
 
 # Largest difference to diffusers' mode in float32; it was 6e-6 in bands at 128 px, 1e-6 elsewhere.
 TOLERANCE = 1e-5
+# Of a block by itself, which sums three times as many products as for an image; it was 1.7e-5 of numbers up to 6.
+BLOCK_TOLERANCE = 3e-5
 
 
 def make_pair(**fields) -> tuple[AutoencoderKLWan, TheWorldEncoder]:
-    """A VAE with random weights, and its encoder."""
+    """A VAE with random weights, those of its norms too, and its encoder."""
     torch.manual_seed(0)
     vae = AutoencoderKLWan(**fields).eval()
+    for name, parameter in vae.named_parameters():
+        if name.endswith("gamma"):
+            nn.init.uniform_(parameter, 0.5, 1.5)
     encoder = TheWorldEncoder(TheWorldEncoderConfig(**fields)).eval()
     encoder.load_state_dict({key: vae.state_dict()[key] for key in encoder.state_dict()})
     return vae, encoder
@@ -48,15 +54,19 @@ def diffusers_mode(vae: AutoencoderKLWan, videos: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("num_frames", "height", "width"), [(1, 64, 64), (5, 72, 40), (9, 40, 88), (17, 24, 56), (5, 8, 8)], ids=str
+    "shape", [(1, 1, 64, 64), (2, 5, 72, 40), (1, 9, 40, 88), (1, 17, 24, 56), (3, 5, 8, 8)], ids=str
 )
 @torch.no_grad()
-def test_latents_are_the_mode_of_diffusers(real_size, num_frames, height, width):
+def test_latents_are_the_mode_of_diffusers(real_size, shape):
     vae, encoder = real_size
-    videos = random_videos(1, num_frames, height, width)
+    batch, num_frames, height, width = shape
+    videos = random_videos(*shape)
+    expected = diffusers_mode(vae, videos)
     latents = encoder(videos)
-    assert latents.shape == (1, 1 + num_frames // 4, 16, height // 8, width // 8)
-    assert (latents - diffusers_mode(vae, videos)).abs().max() < TOLERANCE
+    assert latents.shape == (batch, 1 + num_frames // 4, 16, height // 8, width // 8)
+    assert (latents - expected).abs().max() < TOLERANCE
+    with torch.enable_grad():  # without Winograd
+        assert (encoder(videos) - expected).abs().max() < TOLERANCE
 
 
 @torch.no_grad()
@@ -162,7 +172,7 @@ def test_checkpointed_gradients_are_the_same(use_reentrant):
         encoder(videos).square().mean().backward()
         gradients.append([parameter.grad for parameter in encoder.parameters()])
     for with_it, without in zip(*gradients, strict=True):
-        assert torch.equal(with_it, without)
+        torch.testing.assert_close(with_it, without, atol=1e-7, rtol=1e-5)
 
 
 @pytest.mark.parametrize("time", [1, 2, 3, 4, 8])
@@ -175,10 +185,11 @@ def test_a_block_in_bands_reads_on_from_any_past(time, past):
     x, caches = torch.randn(2, 64, past + time, 37, 45), ([None, None], [None, None])
     for chunk in x.split([past, time] if past else [time], dim=2):
         results = [block(chunk, cache, [0]) for block, cache in zip((theirs, ours), caches, strict=True)]
-        torch.testing.assert_close(*results, atol=TOLERANCE, rtol=TOLERANCE)
+        torch.testing.assert_close(*results, atol=BLOCK_TOLERANCE, rtol=TOLERANCE)
+        # The second norm makes numbers, and so their rounding errors, several times as large.
         for kept in zip(*caches, strict=True):
-            torch.testing.assert_close(*kept, atol=TOLERANCE, rtol=TOLERANCE)
-    torch.testing.assert_close(ours(x), theirs(x), atol=TOLERANCE, rtol=TOLERANCE)
+            torch.testing.assert_close(*kept, atol=10 * TOLERANCE, rtol=0)
+    torch.testing.assert_close(ours(x), theirs(x), atol=BLOCK_TOLERANCE, rtol=TOLERANCE)
 
 
 @torch.no_grad()
@@ -189,6 +200,14 @@ def test_halving_in_bands_halves_time_too():
     for chunk in torch.randn(2, 8, 5, 130, 66).split([1, 4], dim=2):
         results = [module(chunk, cache, [0]) for module, cache in zip((theirs, ours), caches, strict=True)]
         torch.testing.assert_close(*results, atol=1e-6, rtol=1e-6)
+
+
+@torch.no_grad()
+def test_it_compiles_whole():
+    _, encoder = make_pair(base_dim=8, dim_mult=[1, 2, 2, 2], num_res_blocks=1)
+    videos = random_videos(1, 9, 16, 16)
+    compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(videos), encoder(videos), atol=TOLERANCE, rtol=0)
 
 
 BAD = {
@@ -232,7 +251,7 @@ print(peaks[2], peaks[-1])
 
 def test_memory_does_not_grow_with_the_number_of_frames():
     after_9, after_49 = map(float, run_fresh(PEAK).split())
-    assert after_49 < after_9 + 10
+    assert after_49 < 1.05 * after_9
 
 
 @torch.no_grad()
