@@ -1,17 +1,18 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
 """
-What the trained models answer about scenes they never saw, and what is left of it without their world tokens.
+What the trained models answer about scenes and clips they never saw, and what is left of it without world tokens.
 
     python -m recipe.evaluate
 
 reads the bundled model in the repo's root and the others that `python -m recipe.train` left in `build/recipe`, and
-writes `results/evaluation.json`, `.md` and `.png`.
+writes `results/evaluation.json`, `.md` and `.png`. What is there of a model that is not at hand stays as it was, with
+the SHA-256 of its weights.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,43 +32,67 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from theworld import TheWorldForConditionalGeneration, TheWorldProcessor
 
-from .scenes import KINDS, SPLITS, Question, draw_scene
+from .clips import CLIP_KINDS, Clip, make_clip
+from .scenes import KINDS, SPLITS, Question, Scene, draw_scene
 from .train import RECIPE, RESULTS, ROOT, Length
 
 
 QUESTIONS_PER_KIND = 300
-NUM_TEST_SCENES = 4000  # holds so many questions of each kind
-BATCH_SIZE = 100  # divides the above, so that "another image" is one of which the same kind of question was asked
+NUM_TEST_SCENES = 4000  # holds so many questions of each kind, of scenes and of clips
+BATCH_SIZE = 100  # divides the above, so that "another's" are those of which the same kind of question was asked
+ALL_KINDS = KINDS | CLIP_KINDS
 
-# What becomes of a batch's world tokens [B, N, D]; None is a prompt without an image.
+# What becomes of a batch's world tokens [B, N, D]; None is a prompt without image or clip.
 CONDITIONS: dict[str, Callable[[torch.Tensor], torch.Tensor] | None] = {
     "world tokens": lambda tokens: tokens,
     "zeroed": torch.zeros_like,
     "of another image": lambda tokens: tokens.roll(1, dims=0),
     "no image": None,
 }
-# Other models, as far as they have been trained.
-COMPARED = {"encoder frozen": "theworld-frozen", "frozen, merged 2x2": "theworld-merged"}
+LAST_FRAME = "last frame alone"
+BLIND = "blind Gemma"
+# Other models, as far as they have been trained; they know scenes alone.
+COMPARED = {BLIND: "gemma", "encoder frozen": "theworld-frozen", "frozen, merged 2x2": "theworld-merged"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A question about an image, with its answer."""
+    """A question about an image or about the frames of a clip, with its answer."""
 
-    image: Image.Image
+    seen: Image.Image | tuple[Image.Image, ...]
     question: Question
+
+    @property
+    def modality(self) -> str:
+        return "image" if isinstance(self.seen, Image.Image) else "video"
+
+    @property
+    def last_frame(self) -> "Case":
+        """The same question about the last frame, as an image."""
+        return Case(self.seen[-1], self.question)
+
+
+def held_out(per_kind: int, kinds: Iterable[str], make: Callable[[int], Scene | Clip]) -> list[Case]:
+    """The first questions of each kind in the test split, one of a kind from a seed, sorted by kind."""
+    cases = {kind: [] for kind in kinds}
+    for seed in SPLITS["test"][:NUM_TEST_SCENES]:
+        made = make(seed)
+        for kind, question in {question.kind: question for question in made.questions}.items():
+            if len(cases.get(kind, range(per_kind))) < per_kind:
+                cases[kind].append(Case(made.image if isinstance(made, Scene) else made.frames, question))
+        if all(len(of_kind) == per_kind for of_kind in cases.values()):
+            break
+    return [case for of_kind in cases.values() for case in of_kind]
 
 
 def held_out_cases(per_kind: int) -> list[Case]:
-    """The first questions of each kind about the test scenes, one of a kind from a scene, sorted by kind."""
-    cases = {kind: [] for kind in KINDS}
-    for seed in SPLITS["test"][:NUM_TEST_SCENES]:
-        scene = draw_scene(seed)
-        for question in {question.kind: question for question in scene.questions}.values():
-            cases[question.kind].append(Case(scene.image, question))
-        if all(len(of_kind) >= per_kind for of_kind in cases.values()):
-            break
-    return [case for of_kind in cases.values() for case in of_kind[:per_kind]]
+    """Held-out questions about scenes."""
+    return held_out(per_kind, KINDS, draw_scene)
+
+
+def held_out_clips(per_kind: int) -> list[Case]:
+    """Held-out questions about clips, which no single frame answers."""
+    return held_out(per_kind, CLIP_KINDS, make_clip)
 
 
 def answer(
@@ -76,14 +101,15 @@ def answer(
     cases: list[Case],
     change: Callable[[torch.Tensor], torch.Tensor] | None,
 ) -> list[str]:
-    """What the model answers, greedily; `change` is one of `CONDITIONS`."""
+    """What the model answers, greedily; `change` is one of `CONDITIONS`, and a batch's cases are of one modality."""
     answers = []
     for start in range(0, len(cases), BATCH_SIZE):
         batch = cases[start : start + BATCH_SIZE]
+        modality = batch[0].modality
         contents = [[{"type": "text", "text": case.question.text}] for case in batch]
         if change is not None:
             for case, content in zip(batch, contents, strict=True):
-                content.insert(0, {"type": "image", "image": case.image})
+                content.insert(0, {"type": modality, modality: case.seen})
         inputs = processor.apply_chat_template(
             [[{"role": "user", "content": content}] for content in contents],
             add_generation_prompt=True,
@@ -94,8 +120,12 @@ def answer(
         )
         if change is not None:
             with torch.no_grad():
-                tokens = model.get_image_features(inputs.pop("pixel_values")).pooler_output
-            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=change(tokens))}
+                if modality == "image":
+                    encoded = model.get_image_features(inputs.pop("pixel_values"))
+                else:
+                    encoded = model.get_video_features(inputs.pop("pixel_values_videos"))
+            changed = BaseModelOutputWithPooling(pooler_output=change(encoded.pooler_output))
+            inputs["mm_encoder_outputs"] = {modality: changed}
         output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
         answers += processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in answers]
@@ -111,11 +141,12 @@ def interval(right: int, total: int) -> tuple[float, float]:
 
 
 def score(cases: list[Case], answers: list[str]) -> dict[str, dict]:
-    """Shares of right answers with their intervals, of each kind and `overall`."""
-    groups = {kind: [] for kind in (*KINDS, "overall")}
+    """Shares of right answers with their intervals: of each kind, `overall` of scenes, and `clips` of clips."""
+    groups: dict[str, list[bool]] = {}
     for case, given in zip(cases, answers, strict=True):
-        for name in (case.question.kind, "overall"):
-            groups[name].append(given == case.question.answer)
+        kind = case.question.kind
+        for name in (kind, "overall" if kind in KINDS else "clips"):
+            groups.setdefault(name, []).append(given == case.question.answer)
     return {
         name: {
             "right": sum(group),
@@ -157,56 +188,82 @@ class SceneEvaluation(TrainerCallback):
         state.log_history.append({"step": state.global_step, "eval_scenes": metrics["eval_scenes"]})
 
 
-def shared_fingerprints(num_training_scenes: int, num_test_scenes: int) -> int:
-    """How many of the first test scenes have the pixels of one of the first training scenes."""
+def fingerprint(made: Scene | Clip) -> bytes:
+    """What tells two scenes or clips apart: their pixels."""
+    pictures = [made.image] if isinstance(made, Scene) else made.frames
+    return hashlib.sha256(b"".join(picture.tobytes() for picture in pictures)).digest()
+
+
+def shared_fingerprints(make: Callable[[int], Scene | Clip], num_training: int, num_test: int) -> int:
+    """How many of the first test scenes or clips have the pixels of one of the first for training."""
     fingerprints = {
-        split: {hashlib.sha256(draw_scene(seed).image.tobytes()).digest() for seed in tqdm(SPLITS[split][:number])}
-        for split, number in {"train": num_training_scenes, "test": num_test_scenes}.items()
+        split: {fingerprint(make(seed)) for seed in tqdm(SPLITS[split][:number])}
+        for split, number in {"train": num_training, "test": num_test}.items()
     }
     return len(fingerprints["train"] & fingerprints["test"])
 
 
-def evaluate(recipe: Path) -> dict[str, dict[str, dict]]:
-    """The scores of every model under the conditions that say something about it: run -> kind -> score."""
-    cases = held_out_cases(QUESTIONS_PER_KIND)
+def sha256_of(folder: Path) -> str:
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+def evaluate(recipe: Path) -> tuple[dict[str, dict[str, dict]], dict[str, str]]:
+    """
+    The scores of every model at hand, under the conditions that say something about it.
+
+    Returns:
+        Run -> kind -> score, and run -> the SHA-256 of its model's weights.
+    """
+    scenes, clips = held_out_cases(QUESTIONS_PER_KIND), held_out_clips(QUESTIONS_PER_KIND)
     processor = TheWorldProcessor.from_pretrained(ROOT)
     bundled = TheWorldForConditionalGeneration.from_pretrained(ROOT)
-    runs = {name: (bundled, processor, change) for name, change in CONDITIONS.items()}
-    # The tokenizer that Gemma learnt its text with has the same ids.
-    runs["blind Gemma"] = AutoModelForCausalLM.from_pretrained(recipe / "gemma"), processor, None
+    runs = {name: (ROOT, bundled, processor, change, scenes + clips) for name, change in CONDITIONS.items()}
+    last_frames = [clip.last_frame for clip in clips]
+    runs[LAST_FRAME] = ROOT, bundled, processor, CONDITIONS["world tokens"], last_frames
     for name, folder in COMPARED.items():
-        if (recipe / folder).exists():
+        if not (recipe / folder).exists():
+            continue
+        if name == BLIND:  # the tokenizer that Gemma learnt its text with has the same ids
+            model, reader, change = AutoModelForCausalLM.from_pretrained(recipe / folder), processor, None
+        else:
             model = TheWorldForConditionalGeneration.from_pretrained(recipe / folder)
-            runs[name] = model, TheWorldProcessor.from_pretrained(recipe / folder), CONDITIONS["world tokens"]
-    return {
+            reader, change = TheWorldProcessor.from_pretrained(recipe / folder), CONDITIONS["world tokens"]
+        runs[name] = recipe / folder, model, reader, change, scenes
+    scores = {
         name: score(cases, answer(model.eval(), reader, cases, change))
-        for name, (model, reader, change) in tqdm(runs.items(), desc="runs")
+        for name, (_, model, reader, change, cases) in tqdm(runs.items(), desc="runs")
     }
+    return scores, {name: sha256_of(folder) for name, (folder, *_) in runs.items()}
 
 
 def table(scores: dict[str, dict[str, dict]]) -> str:
     """Per cent of right answers and their intervals: a row a kind, a column a run."""
     lines = [f"| | {' | '.join(scores)} |", f"|---|{'---|' * len(scores)}"]
-    for kind in (*KINDS, "overall"):
+    for kind in (*KINDS, "overall", *CLIP_KINDS, "clips"):
         cells = []
         for of_run in scores.values():
-            low, high = of_run[kind]["interval"]
-            cells.append(f"{of_run[kind]['share']:.1%} ({low:.0%} to {high:.0%})".replace("%", ""))
+            if kind in of_run:
+                low, high = of_run[kind]["interval"]
+                cells.append(f"{of_run[kind]['share']:.1%} ({low:.0%} to {high:.0%})".replace("%", ""))
+            else:
+                cells.append("")
         lines.append(f"| {kind} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def draw_bars(scores: dict[str, dict[str, dict]], file: Path) -> None:
-    figure, axis = plt.subplots(figsize=(13, 4.5), layout="constrained")
-    kinds, width = (*KINDS, "overall"), 0.9 / len(scores)
+    figure, axis = plt.subplots(figsize=(17, 4.5), layout="constrained")
+    kinds, width = (*KINDS, "overall", *CLIP_KINDS, "clips"), 0.9 / len(scores)
     for number, (run, of_run) in enumerate(scores.items()):
-        shares = [of_run[kind]["share"] for kind in kinds]
-        ends = [of_run[kind]["interval"] for kind in kinds]
+        asked = [place for place, kind in enumerate(kinds) if kind in of_run]
+        shares = [of_run[kinds[place]]["share"] for place in asked]
+        ends = [of_run[kinds[place]]["interval"] for place in asked]
         errors = [[abs(end[side] - share) for end, share in zip(ends, shares, strict=True)] for side in (0, 1)]
-        places = [place + (number - (len(scores) - 1) / 2) * width for place in range(len(kinds))]
+        places = [place + (number - (len(scores) - 1) / 2) * width for place in asked]
         axis.bar(places, shares, width, yerr=errors, label=run, error_kw={"linewidth": 0.8})
-    chance = [1 / len(KINDS[kind]) for kind in KINDS]
-    axis.hlines(chance, [k - 0.47 for k in range(len(chance))], [k + 0.47 for k in range(len(chance))], "black", ":")
+    for kind, answers in ALL_KINDS.items():
+        place = kinds.index(kind)
+        axis.hlines(1 / len(answers), place - 0.47, place + 0.47, "black", ":")
     axis.set_xticks(range(len(kinds)), kinds)
     axis.set(
         ylabel="right answers", ylim=(0, 1.02), title="Held-out questions; bars end in 95 % intervals, dots: chance"
@@ -216,16 +273,24 @@ def draw_bars(scores: dict[str, dict[str, dict]], file: Path) -> None:
 
 
 def main() -> None:
-    scores = evaluate(RECIPE)
+    file = RESULTS / "evaluation.json"
+    before = json.loads(file.read_text()) if file.exists() else {"scores": {}, "weights": {}}
+    scores, weights = evaluate(RECIPE)
+    for name in COMPARED:
+        if name not in scores and name in before["scores"]:
+            scores[name], weights[name] = before["scores"][name], before["weights"][name]
+    length = Length()
     report = {
-        "model.safetensors": hashlib.sha256((ROOT / "model.safetensors").read_bytes()).hexdigest(),
-        "questions": scores["world tokens"]["overall"]["total"],
-        "training scenes": Length().all_scenes,
-        "test scenes seen in training": shared_fingerprints(Length().all_scenes, NUM_TEST_SCENES),
+        "weights": weights,
+        "questions": {"scenes": scores["world tokens"]["overall"]["total"], "clips": scores[LAST_FRAME]["clips"]["total"]},
+        "training scenes": length.all_scenes,
+        "test scenes seen in training": shared_fingerprints(draw_scene, length.all_scenes, NUM_TEST_SCENES),
+        "training clips": length.all_clips,
+        "test clips seen in training": shared_fingerprints(make_clip, length.all_clips, NUM_TEST_SCENES),
         "scores": scores,
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
+    file.write_text(json.dumps(report, indent=2) + "\n")
     (RESULTS / "evaluation.md").write_text(table(scores) + "\n")
     draw_bars(scores, RESULTS / "evaluation.png")
     print(table(scores))

@@ -7,10 +7,10 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 
-STAGES = ["gemma", "theworld-frozen", "theworld-merged", "theworld"]
+STAGES = ["gemma", "theworld-frozen", "theworld-merged", "theworld-images", "theworld"]
 # A panel for each number that says how a stage goes, and the stages whose curves it shows.
 PANELS = {
-    "l1": ("Error of a reconstructed pixel value", ["vae"]),
+    "l1": ("Error of a reconstructed pixel value", ["vae", "motion"]),
     "loss": ("Training loss", STAGES),
     "accuracy": ("Answers begun right, training scenes", STAGES),
 }

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from theworld.convert_weights import Source, complete_or_absent, convert
 
-from . import align, gemma, vae
+from . import align, gemma, vae, watch
 from .figures import draw_curves
 from .scenes import SIZE
 
@@ -36,13 +36,16 @@ BUNDLED_FILES = (
 
 @dataclass(frozen=True)
 class Length:
-    """Steps of each stage, and scenes whose latents are cached."""
+    """Steps of each stage, and scenes and clips whose latents are cached."""
 
     vae: int = 4000
     gemma: int = 800
     scenes: int = 30_000
     align: int = 6000
     fine_tune: int = 2000
+    motion: int = 500
+    clips: int = 6000
+    watch: int = 4500
 
     @property
     def all_scenes(self) -> int:
@@ -53,9 +56,20 @@ class Length:
             self.scenes + self.fine_tune * align.BATCH_SIZE,
         )
 
+    @property
+    def all_clips(self) -> int:
+        """As `all_scenes`, of clips."""
+        return max(self.motion * watch.BATCH_SIZE, self.clips)
+
 
 def train_all(folder: Path, length: Length) -> None:
     """Runs every stage that `folder` does not hold the result of."""
+
+    def cached(name: str, make: Callable[[Path], None]) -> Path:
+        """The file of cached latents."""
+        if not (file := folder / f"{name}.safetensors").exists():
+            make(file)
+        return file
 
     def result(name: str, make: Callable[[Path], tuple]) -> Path:
         """The folder of a stage's result; `make` gets a folder for its checkpoints and returns what to save."""
@@ -77,12 +91,16 @@ def train_all(folder: Path, length: Length) -> None:
 
     vae_folder = result("vae", lambda run: vae.train_vae(run, length.vae))
     gemma_folder = result("gemma", lambda run: gemma.train_gemma(run, length.gemma))
-    cache = folder / "latents.safetensors"
-    if not cache.exists():
-        align.cache_latents(joined(1), length.scenes, cache)
+    cache = cached("latents", lambda file: align.cache_latents(joined(1), length.scenes, file))
     frozen = result("theworld-frozen", lambda run: align.align(joined(1), cache, run, length.align))
-    result("theworld", lambda run: align.fine_tune(frozen, length.scenes, run, length.fine_tune))
+    tuned = result("theworld-images", lambda run: align.fine_tune(frozen, length.scenes, run, length.fine_tune))
     result("theworld-merged", lambda run: align.align(joined(2), cache, run, length.align))
+
+    motion = result("motion", lambda run: watch.see_motion(tuned, run, length.motion))
+    # The encoder is no longer the one whose latents were cached.
+    scenes = cached("latents-scenes", lambda file: align.cache_latents(motion, 2 * length.clips, file))
+    clips = cached("latents-clips", lambda file: watch.cache_clips(motion, length.clips, file))
+    result("theworld", lambda run: watch.watch(motion, scenes, clips, run, length.watch))
 
 
 def install(recipe: Path) -> None:
