@@ -15,6 +15,9 @@ from .frames_theworld import use_frame_modules
 # Images are encoded together up to so many pixels, which bounds memory: one of 256 x 256 on a CPU, where more at once
 # are slower, and eight of 512 x 512 elsewhere.
 PIXELS_AT_ONCE = {"cpu": 2**16, "accelerator": 2**21}
+# A video's frames go through in chunks of so many pixels, or of the fewest frames that make a latent: the more frames
+# together, the less often a kernel is transformed. Sixteen of 128 x 128 on a CPU.
+PIXELS_A_CHUNK = {"cpu": 2**18, "accelerator": 2**21}
 
 
 @dataclass
@@ -105,16 +108,17 @@ class TheWorldEncoder(nn.Module):
                 "to such a size."
             )
         # The slack is for rounding; NaN fails the comparison too.
+        least, greatest = pixel_values.aminmax()
         torch_compilable_check(
-            pixel_values.abs().amax() <= 1.001,
+            (least >= -1.001) & (greatest <= 1.001),
             "`pixel_values` must be in [-1, 1] (0..255 maps there by `image / 127.5 - 1`), but values lie outside, or "
             "are NaN. TheWorldProcessor scales images to that range.",
         )
 
-    def at_once(self, pixels: torch.Tensor, num_frames: int = 1) -> int:
-        """How many images [.., H, W], or videos of which so many frames go through together, are encoded together."""
-        limit = PIXELS_AT_ONCE["cpu" if pixels.device.type == "cpu" else "accelerator"]
-        return max(1, limit // (pixels.shape[-2] * pixels.shape[-1] * num_frames))
+    def at_once(self, pixels: torch.Tensor, limits: dict[str, int] = PIXELS_AT_ONCE, each: int = 1) -> int:
+        """How many times `each` images [.., H, W] go through together; once or more."""
+        limit = limits["cpu" if pixels.device.type == "cpu" else "accelerator"]
+        return max(1, limit // (pixels.shape[-2] * pixels.shape[-1] * each))
 
     def encode_videos(self, videos: torch.Tensor, cache: VideoCache) -> torch.Tensor:
         """Latents of checked videos [B, T, 3, H, W]; see `forward`."""
@@ -130,16 +134,18 @@ class TheWorldEncoder(nn.Module):
         if cache.num_frames and cache.shape != shape:
             raise ValueError(f"The cache is one of videos [B, 3, H, W] = {list(cache.shape)}, got {list(shape)}.")
 
-        groups = videos.split(self.at_once(videos, ratio))
-        chunks = [1] * first + [ratio] * ((num_frames - first) // ratio)
+        groups = videos.split(self.at_once(videos, each=ratio))
+        chunk = ratio * self.at_once(videos, PIXELS_A_CHUNK, each=ratio * len(groups[0]))
         num_convs = sum(isinstance(module, WanCausalConv3d) for module in self.encoder.modules())
         layers = [list(past) for past in cache.layers] or [[None] * num_convs for _ in groups]
         # The compiler chooses the layout; one frame's channels last it gets wrong (torch 2.13).
         layout = torch.contiguous_format if torch.compiler.is_compiling() else torch.channels_last_3d
         latents = []
         for group, past in zip(groups, layers, strict=True):
-            frames = (chunk.contiguous(memory_format=layout) for chunk in group.transpose(1, 2).split(chunks, dim=2))
-            latents.append(torch.cat([self.mode(chunk, past) for chunk in frames], dim=2))
+            frames = group.transpose(1, 2)
+            chunks = (frames[:, :, :first], *frames[:, :, first:].split(chunk, dim=2))
+            encoded = [self.mode(c.contiguous(memory_format=layout), past) for c in chunks if c.shape[2]]
+            latents.append(torch.cat(encoded, dim=2))
         # Last, so that a call that failed leaves the cache where it was.
         cache.shape, cache.num_frames, cache.layers = shape, cache.num_frames + num_frames, tuple(layers)
         return torch.cat(latents).transpose(1, 2)

@@ -18,6 +18,8 @@ once, for all three time slices of the kernel. Nothing but the weights outlives 
 threads may share the modules.
 """
 
+from collections.abc import Sequence
+
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import (
     WanCausalConv3d,
@@ -155,18 +157,16 @@ class PairsInTime:
         point, product = torch.empty_like(first), torch.empty_like(evens)
         point_rows = point.flatten(1, 2)
 
-        torch.sub(first, third, out=point)
-        torch.bmm(point_rows, self.weights[0], out=evens)
-        torch.sub(fourth, second, out=point)
-        torch.bmm(point_rows, self.weights[3], out=odds)
         torch.add(second, third, out=point)
-        torch.bmm(point_rows, self.weights[1], out=product)
-        evens += product
-        odds += product
+        torch.bmm(point_rows, self.weights[1], out=odds)
         torch.sub(third, second, out=point)
         torch.bmm(point_rows, self.weights[2], out=product)
-        evens += product
+        torch.add(odds, product, out=evens)
         odds -= product
+        torch.sub(first, third, out=point)
+        evens.baddbmm_(point_rows, self.weights[0])
+        torch.sub(fourth, second, out=point)
+        odds.baddbmm_(point_rows, self.weights[3])
 
 
 def norm_silu_conv(
@@ -247,14 +247,24 @@ def is_plain_on_cpu(module: nn.Module, *inputs: torch.Tensor) -> bool:
 
 
 class FrameConv(WanCausalConv3d):
-    """`WanCausalConv3d`, which needs its last time slice alone for a first frame [B, C, 1, H, W]."""
+    """`WanCausalConv3d`, frame by frame and slice by slice of its kernel: PyTorch is slow in three dimensions."""
 
     def forward(self, x: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
         if cache_x is None and x.shape[2] == 1:
-            return F.conv2d(x.squeeze(2), self.weight[:, :, -1], self.bias, padding="same").unsqueeze(2)
-        if self.kernel_size == (1, 1, 1):  # frames below each other: PyTorch is slow in three dimensions
-            return F.conv2d(x.flatten(2, 3), self.weight[:, :, 0], self.bias).unflatten(2, x.shape[2:4])
-        return super().forward(x, cache_x)
+            return self.at_last_of([x.squeeze(2)]).unsqueeze(2)
+        if not is_plain_on_cpu(self, x):
+            return super().forward(x, cache_x)
+        frames = (*cache_x.unbind(2), *x.unbind(2)) if cache_x is not None else x.unbind(2)
+        ends = range(len(frames) - x.shape[2] + 1, len(frames) + 1)
+        return torch.cat([self.at_last_of(frames[:end]).unsqueeze(2) for end in ends], dim=2)
+
+    def at_last_of(self, frames: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The result [B, C', H, W] at the last of the frames [B, C, H, W], before which there were zeros."""
+        (last, slice_of_last), *earlier = zip(reversed(frames), reversed(self.weight.unbind(2)), strict=False)
+        result = F.conv2d(last, slice_of_last, self.bias, padding="same")
+        for frame, its_slice in earlier:
+            result += F.conv2d(frame, its_slice, padding="same")
+        return result
 
 
 class FrameResidualBlock(WanResidualBlock):
