@@ -135,7 +135,7 @@ def ask(picture: Image.Image | None, question: str, compare: bool, talk: Convers
     overlay = times = None
     for turn.answer, times in stream(inputs):
         yield shown(talk, overlay, f"{note}{times}{expected}")
-    overlay = heat(picture, attention_to_world(model, inputs, latents))
+    overlay = heat(picture, attention_to_world(model, inputs))
     yield shown(talk, overlay, f"{note}{times}{expected}")
     if compare:
         for turn.blind_answer, _ in stream(blind_inputs):

@@ -123,8 +123,8 @@ class TheWorldConfig(PreTrainedConfig):
         image_token_id: Id of `<world>`, the token that world tokens take the place of. Default: Gemma 2's `<unused0>`.
         start_of_world_token_id: Id of `<start_of_world>`, just before an image's world tokens.
         end_of_world_token_id: Id of `<end_of_world>`, just after them.
-        video_token_id: Id of `<world_video>`, as `image_token_id` but for a video's world tokens. None: the model reads
-            no videos.
+        video_token_id: Id of `<world_video>`, which a video's world tokens take the place of. None: the model reads no
+            videos.
         world_attention: `"causal"`, or `"bidirectional"`: the world tokens of an image see each other both ways.
         vision_config: Gemma 3's own vision tower, a SigLIP; its config or a dict of its fields. None: there is none.
         mm_tokens_per_image: Tokens that Gemma's projector makes of what the tower sees, a square number.

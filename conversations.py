@@ -140,6 +140,8 @@ class ConversationCollator:
             return_tensors="pt",
             return_assistant_tokens_mask=True,
         )
+        if self.processor.video_token_id in unexpanded["input_ids"]:
+            raise ValueError("Conversations become labels about images alone, and this one has a video. Leave it out.")
         of_images = torch.tensor(tokenizer.convert_tokens_to_ids(list(self.processor.world_tokens)))
         said = torch.as_tensor(unexpanded["assistant_masks"])[0].bool()
         said = said[~torch.isin(unexpanded["input_ids"][0], of_images)]

@@ -1,8 +1,9 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
 """
-Asks a TheWorld checkpoint about a picture, and shows what went in, what came out and where the time went.
+Asks a TheWorld checkpoint about a picture or a clip, and shows what went in, what came out and where the time went.
 
     python demo.py PICTURE "question" ["question" ...]
+    python demo.py ANIMATION "question" ["question" ...]    a GIF, WebP or PNG of several frames
     python demo.py --scene SEED     draws a scene and asks its own questions
 """
 
@@ -10,6 +11,7 @@ import argparse
 import re
 import sys
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
@@ -41,6 +43,23 @@ class TokenClock(BaseStreamer):
         pass
 
 
+@dataclass(frozen=True)
+class Modality:
+    """How the model takes images, or videos."""
+
+    name: str
+    pixels: str
+    latents: str
+
+
+IMAGE = Modality("image", "pixel_values", "world_latents")
+VIDEO = Modality("video", "pixel_values_videos", "world_latents_videos")
+
+
+def modality_of(picture: Image.Image) -> Modality:
+    return VIDEO if getattr(picture, "n_frames", 1) > 1 else IMAGE
+
+
 class StageTimes(dict):
     """Seconds by stage, in the order they ran."""
 
@@ -54,14 +73,28 @@ class StageTimes(dict):
         return "\n".join(f"  {name:<40}{seconds * 1000:>9.1f} ms" for name, seconds in self.items())
 
 
-def encode(model: PreTrainedModel, processor: ProcessorMixin, image: Image.Image) -> torch.Tensor:
-    """The image's latents, which all questions about it share."""
-    times = StageTimes()
+def make_inputs(processor: ProcessorMixin, picture: Image.Image, question: str) -> BatchFeature:
+    """A question about a picture or a clip, as the model reads it."""
+    modality = modality_of(picture).name
+    content = [{"type": modality, modality: picture}, {"type": "text", "text": question}]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+
+
+def encode(model: PreTrainedModel, processor: ProcessorMixin, picture: Image.Image) -> torch.Tensor:
+    """The latents, which all questions share."""
+    times, modality = StageTimes(), modality_of(picture)
     with times.stage("process the picture"):
-        pixel_values = processor.image_processor(image, return_tensors="pt").pixel_values
+        pixels = make_inputs(processor, picture, "")[modality.pixels]
     with times.stage("encode the picture"), torch.no_grad():
-        latents = model.get_world_latents(pixel_values)
-    print(f"Picture   {image.width}x{image.height} pixels, read at {pixel_values.shape[3]}x{pixel_values.shape[2]}")
+        latents = model.get_world_latents(pixels)
+    frames = f"{picture.n_frames} frames of " if modality is VIDEO else ""
+    print(f"Picture   {frames}{picture.width}x{picture.height} pixels, read as {list(pixels.shape)}")
     print(f"Latents   {list(latents.shape)}, {latents.dtype}")
     print(times)
     return latents
@@ -70,22 +103,17 @@ def encode(model: PreTrainedModel, processor: ProcessorMixin, image: Image.Image
 def ask(
     model: PreTrainedModel,
     processor: ProcessorMixin,
+    picture: Image.Image,
     latents: torch.Tensor,
     question: str,
     max_new_tokens: int,
 ) -> tuple[str, BatchFeature]:
-    """Answers a question about an image by its latents; prints the prompt, the counts, the answer and the times."""
-    times = StageTimes()
+    """Answers a question about a picture by its latents; prints the prompt, the counts, the answer and the times."""
+    times, modality = StageTimes(), modality_of(picture)
     with times.stage("process the question"):
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"world_latents": latents},
-        )
+        inputs = make_inputs(processor, picture, question)
+        del inputs[modality.pixels]
+        inputs[modality.latents] = latents
     prompt = inputs["input_ids"][0]
 
     clock = TokenClock()
@@ -96,8 +124,10 @@ def ask(
     times["  the prompt and the first token"] = first - prompt_time
     times["  each further token"] = (last - first) / max(len(tokens) - 1, 1)
 
-    world_tokens = (prompt == model.config.image_token_id).sum().item()
-    shown = re.sub(f"({processor.image_token})+", rf"\1 x {world_tokens}", processor.decode(prompt))
+    places = re.compile(f"({processor.image_token}|{processor.video_token})+")
+    text = processor.decode(prompt)
+    shown = places.sub(lambda found: f"{found[1]} x {len(found[0]) // len(found[1])}", text)
+    world_tokens = sum(len(found[0]) // len(found[1]) for found in places.finditer(text))
     answer = processor.decode(tokens, skip_special_tokens=True).strip()
     print(f"Question  {question}")
     print(f"Answer    {answer}")
@@ -109,10 +139,10 @@ def ask(
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Ask a TheWorld checkpoint about a picture.",
+        description="Ask a TheWorld checkpoint about a picture or a clip.",
         usage="%(prog)s [options] PICTURE QUESTION [QUESTION ...]\n       %(prog)s [options] --scene SEED",
     )
-    parser.add_argument("picture", nargs="?", help="an image file")
+    parser.add_argument("picture", nargs="?", help="an image file; of several frames it is a clip")
     parser.add_argument("questions", nargs="*", metavar="question")
     parser.add_argument("--scene", type=int, metavar="SEED", help="draw this scene, and ask its own questions")
     parser.add_argument("--model", default=BUNDLED, metavar="FOLDER_OR_REPO", help="instead of the bundled model")
@@ -133,13 +163,17 @@ def read_input(args: argparse.Namespace) -> tuple[Image.Image, list[Question]]:
     if args.scene is not None:
         scene = draw_scene(args.scene)
         return scene.image, scene.questions[:QUESTIONS_PER_SCENE]
-    return Image.open(args.picture).convert("RGB"), [Question("given", text, "") for text in args.questions]
+    picture = Image.open(args.picture)
+    picture.load()
+    return picture if modality_of(picture) is VIDEO else picture.convert("RGB"), [
+        Question("given", text, "") for text in args.questions
+    ]
 
 
 def main() -> int:
     args = parse_arguments()
     try:
-        image, questions = read_input(args)
+        picture, questions = read_input(args)
     except OSError as error:
         print(f"demo.py: error: {args.picture} cannot be read as a picture: {error}", file=sys.stderr)
         return 1
@@ -151,19 +185,22 @@ def main() -> int:
     print(f"Model     {args.model}, {model.num_parameters():,} parameters, {model.dtype}")
     print(times)
 
-    latents = encode(model, processor, image)
+    latents = encode(model, processor, picture)
     answers = []
     for question in questions:
         print()
-        answer, inputs = ask(model, processor, latents, question.text, args.max_new_tokens)
+        answer, inputs = ask(model, processor, picture, latents, question.text, args.max_new_tokens)
         if question.answer:
             print(f"Expected  {question.answer}")
             answer += "  (right)" if answer == question.answer else f"  (wrong: it is {question.answer})"
         answers.append((question.text, answer, inputs))
 
     if args.save:
-        looks = [(text, answer, attention_to_world(model, inputs, latents)) for text, answer, inputs in answers]
-        draw(image, looks, latents).save(args.save)
+        looks = [(text, answer, attention_to_world(model, inputs)) for text, answer, inputs in answers]
+        if modality_of(picture) is VIDEO:
+            picture.seek(picture.n_frames - 1)
+            latents = latents[:, -1]
+        draw(picture, looks, latents).save(args.save)
         print(f"\nDrawn in  {args.save}")
     return 0
 

@@ -18,26 +18,30 @@ INK, PAPER, HEAT = (30, 30, 30), (255, 255, 255), (255, 40, 0)
 
 
 @torch.no_grad()
-def attention_to_world(model: PreTrainedModel, inputs: Mapping, latents: torch.Tensor) -> torch.Tensor:
+def attention_to_world(model: PreTrainedModel, inputs: Mapping) -> torch.Tensor:
     """
     How much the token that decides the first word of the answer attends to each world token.
 
     Args:
         model: A TheWorld checkpoint; Gemma's attention becomes "eager", which alone gives weights.
-        inputs: `input_ids` and `attention_mask` of one prompt with one image.
-        latents: [1, z, h, w], as `get_world_latents` returns them.
+        inputs: `input_ids` of one prompt, and `world_latents` [1, z, h, w] of its image or `world_latents_videos`
+            [1, 1 + k, z, h, w] of its video.
 
     Returns:
-        [h / merge, w / merge], the mean over the heads of the layers that see the whole prompt.
+        [h / merge, w / merge], the mean over the heads of the layers that see the whole prompt, and for a video the
+        sum over its latent frames.
     """
     input_ids = inputs["input_ids"]
-    read = model(input_ids=input_ids[:, :-1], world_latents=latents, use_cache=True, logits_to_keep=1)
+    latents = {name: inputs[name] for name in ("world_latents", "world_latents_videos") if name in inputs}
+    read = model(input_ids=input_ids[:, :-1], **latents, use_cache=True, logits_to_keep=1)
     model.set_attn_implementation({"text_config": "eager"})
     last = model(input_ids=input_ids[:, -1:], past_key_values=read.past_key_values, output_attentions=True)
     whole = [layer for layer in last.attentions if layer.shape[-1] == input_ids.shape[1]]
     weights = torch.stack(whole).mean(dim=(0, 2, 3))[0]
-    rows, columns = (side // model.config.latent_merge_size for side in latents.shape[2:])
-    return weights[input_ids[0] == model.config.image_token_id].view(rows, columns).float()
+    of_world = (input_ids[0] == model.config.image_token_id) | (input_ids[0] == model.config.video_token_id)
+    height, width = next(iter(latents.values())).shape[-2:]
+    merge = model.config.latent_merge_size
+    return weights[of_world].view(-1, height // merge, width // merge).sum(0).float()
 
 
 def heat(image: Image.Image, attention: torch.Tensor) -> Image.Image:

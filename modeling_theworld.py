@@ -10,7 +10,7 @@ TheWorld: the latent of an image or a video, one token a position, read by Gemma
 
 A video is V times T = 1 + 4k frames, and each latent frame after the first is made of four and knows all before it:
 
-    pixel_values_videos [V, T, 3, H, W] -> latents [V, 1 + k, z, h, w] -> [V, (1 + k) N, D], in the places of `<world_video>`
+    pixel_values_videos [V, T, 3, H, W] -> latents [V, 1 + k, z, h, w] -> world tokens [V, (1 + k) N, D]
 
 Where Gemma 3 keeps its own eyes, an image also goes the way that Gemma made for it, M tokens an image or crop:
 
@@ -42,7 +42,7 @@ ENGINE_ATTENTION = ("vllm", "sglang")
 
 @dataclass
 class TheWorldModelOutputWithPast(BaseModelOutputWithPast):
-    """`BaseModelOutputWithPast`, and the world tokens that went in: `image_hidden_states` and `video_hidden_states` [.., D]."""
+    """`BaseModelOutputWithPast`, and the world tokens [.., D] that went in, by images and by videos."""
 
     image_hidden_states: torch.Tensor | None = None
     video_hidden_states: torch.Tensor | None = None
@@ -50,7 +50,7 @@ class TheWorldModelOutputWithPast(BaseModelOutputWithPast):
 
 @dataclass
 class TheWorldCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """`CausalLMOutputWithPast`, and the world tokens that went in: `image_hidden_states` and `video_hidden_states` [.., D]."""
+    """`CausalLMOutputWithPast`, and the world tokens [.., D] that went in, by images and by videos."""
 
     image_hidden_states: torch.Tensor | None = None
     video_hidden_states: torch.Tensor | None = None
@@ -385,7 +385,7 @@ class TheWorldModel(TheWorldPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | TheWorldModelOutputWithPast:
         """
-        Reads prompts with images and videos in them; see [`TheWorldForConditionalGeneration.forward`] for the arguments.
+        Reads prompts with images and videos; see [`TheWorldForConditionalGeneration.forward`] for the arguments.
 
         Returns:
             `last_hidden_state` [batch, S, D], and Gemma's other outputs.
@@ -626,8 +626,8 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
             places, places_per_image = mask.sum((1, 2)), features.shape[1]
             if (places % places_per_image).any():
                 raise ValueError(
-                    f"The {places_per_image} `{stream.token}` places of one {stream.item} must be in one prompt, but the prompts "
-                    f"have {places.tolist()}."
+                    f"The {places_per_image} `{stream.token}` places of one {stream.item} must be in one prompt, but "
+                    f"the prompts have {places.tolist()}."
                 )
             by_prompt = features.split((places // places_per_image).tolist())
             repeated = torch.cat([images.repeat(times, 1, 1) for images in by_prompt])

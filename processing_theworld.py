@@ -68,8 +68,8 @@ class TheWorldProcessor(ProcessorMixin):
     An image processor and a Gemma tokenizer with TheWorld's tokens, in one call.
 
     Args:
-        image_processor: Resizes and scales images, and the frames of videos, to [-1, 1]. It always works on PIL's side, so that an image gives
-            the same numbers whether torchvision is installed or not.
+        image_processor: Resizes and scales images, and the frames of videos, to [-1, 1]. It always works on PIL's
+            side, so that an image gives the same numbers whether torchvision is installed or not.
         tokenizer: Gemma's, with `<world>`, `<start_of_world>` and `<end_of_world>`; and `<world_video>`, if the model
             reads videos.
         chat_template: Jinja template of a conversation.
@@ -148,15 +148,15 @@ class TheWorldProcessor(ProcessorMixin):
         """
         Text, images and videos to the model's inputs.
 
-        A video is read at `fps` frames a second. If there are not 1 + 4k of them, the last is repeated until there are,
-        so that none is lost. Each latent frame's places have the time of its last frame before them, as "0.500s".
+        A video is read at `fps` frames a second. If there are not 1 + 4k of them, the last is repeated until there
+        are, so that none is lost. Each latent frame's places have the time of its last frame before them, as "0.500s".
 
         Args:
             images: An image, a list of the images of all prompts, or a list of images for each prompt.
             text: A prompt or several, with one `<world>` for each image and one `<world_video>` for each video.
             videos: A video, a list of the videos of all prompts, or a list of videos for each prompt. A video is a
                 list of PIL images or of arrays [H, W, 3], an array [T, H, W, 3], an animated PIL image, or the name of
-                a file: of a GIF, or of what `transformers.video_utils.load_video` reads (with PyAV installed).
+                a file: a GIF, PNG or WebP, or what `transformers.video_utils.load_video` reads, with PyAV installed.
             world_latents: In place of `images`: latents of images, as the model's `get_world_latents` returns them,
                 [B, z, h, w]; or a list of [z, h, w], or a list of those for each prompt.
             kwargs: The tokenizer's and the image processors', and those of videos: `fps`, and `video_metadata`, whose
@@ -166,9 +166,8 @@ class TheWorldProcessor(ProcessorMixin):
                 prompts and inputs: without the world, they are those of Gemma 3's processor.
 
         Returns:
-            `input_ids`, `attention_mask`, and `pixel_values` or `world_latents`; `pixel_values_videos` [V, T, 3, H, W],
-            float32; with vision, `vision_pixel_values`
-            and `token_type_ids` as well.
+            `input_ids`, `attention_mask`, and `pixel_values` or `world_latents`; `pixel_values_videos`
+            [V, T, 3, H, W]; with vision, `vision_pixel_values` and `token_type_ids` as well.
 
         Raises:
             TypeError: If something among the videos is no video.

@@ -112,6 +112,9 @@ def choose_parts(model: PreTrainedModel, args: Arguments) -> nn.Module:
     if args.train in ("language", "all"):
         model.requires_grad_(True)
         model.model.world_encoder.requires_grad_(args.train == "all")
+        for name, parameter in model.model.world_encoder.named_parameters():
+            if ".time_conv." in name:  # no image reaches these, and distributed training would wait for them
+                parameter.requires_grad_(False)
         return model
     # `<world>` itself is never read: world tokens take its place.
     world_tokens = [model.config.start_of_world_token_id, model.config.end_of_world_token_id]

@@ -14,6 +14,10 @@ from PIL import Image, ImageSequence
 from transformers.video_utils import VideoMetadataType, load_video
 
 
+# What PIL reads; other files need a decoder of videos.
+ANIMATIONS = (".gif", ".png", ".webp")
+
+
 def is_frame(item: Any) -> bool:
     """Whether `item` is one picture: of PIL's and not an animation, or an array of three dimensions."""
     if isinstance(item, Image.Image):
@@ -91,7 +95,7 @@ def read_video(video: Any, fps: float, metadata: Mapping | None = None) -> tuple
 
     Args:
         video: As `is_video` says. A file is read by `transformers.video_utils.load_video`, which needs PyAV, but for
-            a GIF, which PIL reads.
+            a GIF, PNG or WebP, which PIL reads.
         fps: Frames a second that are wanted.
         metadata: Says in `fps` how many frames a second an array or a list has; without it they are taken to be at the
             wanted rate already, and none is left out.
@@ -105,7 +109,7 @@ def read_video(video: Any, fps: float, metadata: Mapping | None = None) -> tuple
     own_fps = (metadata or {}).get("fps") or fps
     if not (fps > 0 and own_fps > 0):
         raise ValueError(f"`fps` must be positive, got {fps}, and {own_fps} in `video_metadata`.")
-    if isinstance(video, str | Path) and Path(video).suffix.lower() == ".gif":
+    if isinstance(video, str | Path) and Path(video).suffix.lower() in ANIMATIONS:
         with Image.open(video) as animation:
             return read_video(animation, fps)
     if isinstance(video, str | Path):

@@ -128,9 +128,7 @@ def make_meeting(random: Random) -> tuple[list[Mover], list[Question]] | None:
     first, second = (random.choice((-1, 1)) * random.uniform(4, 14) for _ in range(2))
     if abs(first - second) < 7:
         return None
-    possible = [
-        [Mover(one, scaled(way, sign * first)), Mover(other, scaled(way, sign * second))] for sign in (1, -1)
-    ]
+    possible = [[Mover(one, scaled(way, sign * first)), Mover(other, scaled(way, sign * second))] for sign in (1, -1)]
     if not all(fits(movers) for movers in possible):
         return None
     movers, closing = random.choice(list(zip(possible, (first > second, first < second), strict=True)))

@@ -282,7 +282,10 @@ def main() -> None:
     length = Length()
     report = {
         "weights": weights,
-        "questions": {"scenes": scores["world tokens"]["overall"]["total"], "clips": scores[LAST_FRAME]["clips"]["total"]},
+        "questions": {
+            "scenes": scores["world tokens"]["overall"]["total"],
+            "clips": scores[LAST_FRAME]["clips"]["total"],
+        },
         "training scenes": length.all_scenes,
         "test scenes seen in training": shared_fingerprints(draw_scene, length.all_scenes, NUM_TEST_SCENES),
         "training clips": length.all_clips,

@@ -6,13 +6,13 @@ from random import Random
 
 import numpy as np
 import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from theworld.encoder_theworld import TheWorldEncoder
 
 from . import align
@@ -56,7 +56,9 @@ def inflate(encoder: TheWorldEncoder) -> list[WanCausalConv3d]:
     Returns:
         The convolutions over time, whose slices for the past are zero.
     """
-    convs = [module for module in encoder.modules() if isinstance(module, WanCausalConv3d) and module.kernel_size[0] > 1]
+    convs = [
+        module for module in encoder.modules() if isinstance(module, WanCausalConv3d) and module.kernel_size[0] > 1
+    ]
     for conv in convs:
         conv.weight[:, :, :-1] = 0
         if conv.kernel_size == (3, 1, 1):  # a `time_conv`, which no image reaches

@@ -92,7 +92,10 @@ CONTRADICTIONS = {
     "positions with a size": ({"image_size": 64}, "`image_size=64` is for `token_layout='channel'`"),
     "an unknown layout": ({"token_layout": "rows"}, "token_layout"),
     "an unknown projector": ({"projector_type": "conv"}, "projector_type"),
-    "equal token ids": ({"image_token_id": 8}, r"different ids below the vocabulary's 256000, got \{'image_token_id': 8, 'start_of_world_token_id': 8"),
+    "equal token ids": (
+        {"image_token_id": 8},
+        r"different ids below the vocabulary's 256000, got \{'image_token_id': 8, 'start_of_world_token_id': 8",
+    ),
     "a token id outside": ({"image_token_id": 256_000}, "different ids below"),
     "a video token id that is an image's": ({"video_token_id": 7}, "different ids .* 'video_token_id': 7"),
     "statistics of another width": ({"world_config": {"z_dim": 4}}, "each of the latent channels, z_dim=4, got 16"),

@@ -1,4 +1,4 @@
-"""Pins how videos reach the model: which frames, when each was, where its tokens stand, and that motion changes answers."""
+"""Pins how videos reach the model: which frames, when each was, where its tokens stand, what is refused."""
 
 import numpy as np
 import pytest

@@ -12,8 +12,8 @@ from torch import nn
 
 from benchmarks.measure import MEMORY, in_turns, run_fresh
 from theworld import TheWorldEncoderConfig, frames_theworld
-from theworld.frames_theworld import use_frame_modules
 from theworld.encoder_theworld import PIXELS_A_CHUNK, PIXELS_AT_ONCE, TheWorldEncoder, VideoCache
+from theworld.frames_theworld import use_frame_modules
 
 
 # Largest difference to diffusers' mode in float32; it was 6e-6 in bands at 128 px, 1e-6 elsewhere.
@@ -240,7 +240,7 @@ from theworld import TheWorldEncoderConfig
 from theworld.encoder_theworld import TheWorldEncoder
 torch.set_num_threads(1)
 encoder = TheWorldEncoder(TheWorldEncoderConfig(base_dim=64, num_res_blocks=1)).eval().requires_grad_(False)
-for num_frames in (17, 33, 65):
+for num_frames in (33, 65):  # two chunks after the first frame, and four
     encoder(torch.zeros(1, num_frames, 3, 128, 128))
     print(memory("VmHWM") / 1e6)
 """
@@ -248,8 +248,8 @@ for num_frames in (17, 33, 65):
 
 
 def test_memory_does_not_grow_with_the_number_of_frames():
-    with_17, _, with_65 = map(float, run_fresh(PEAK).split())
-    assert with_65 < 1.1 * with_17
+    with_33, with_65 = map(float, run_fresh(PEAK).split())
+    assert with_65 < 1.05 * with_33
 
 
 @torch.no_grad()
