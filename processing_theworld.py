@@ -306,10 +306,11 @@ class TheWorldProcessor(ProcessorMixin):
             return {}, []
         metadata = flatten_metadata(video_metadata, len(videos))
         fps = self.fps if fps is None else fps
+        kwargs = {**kwargs, "return_tensors": "pt"}
         pixel_values, texts = [], []
         for video, known in zip(videos, metadata, strict=True):
             frames, times = fill_up(*read_video(video, fps, known), self.temporal_compression_ratio)
-            pixel_values.append(torch.as_tensor(self.image_processor(frames, **kwargs)["pixel_values"]))
+            pixel_values.append(self.image_processor(frames, **kwargs)["pixel_values"])
             num_tokens = self._num_world_tokens(*pixel_values[-1].shape[-2:])
             places = self.start_of_world_token + self.video_token * num_tokens + self.end_of_world_token
             texts.append("".join(time_stamp(time) + places for time in times[:: self.temporal_compression_ratio]))

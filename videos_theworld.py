@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 from PIL import Image, ImageSequence
 from transformers.video_utils import VideoMetadataType, load_video
 
@@ -74,22 +74,22 @@ def flatten_metadata(metadata: VideoMetadataType | None, num_videos: int) -> lis
     return flat
 
 
-def times_of(num_frames: int, fps: float) -> np.ndarray:
+def times_of(num_frames: int, fps: float) -> torch.Tensor:
     """When each of `num_frames` frames begins, in seconds."""
-    return np.arange(num_frames) / fps
+    return torch.arange(num_frames, dtype=torch.float64) / fps
 
 
-def sample_frames(times: np.ndarray, fps: float) -> np.ndarray:
+def sample_frames(times: torch.Tensor, fps: float) -> torch.Tensor:
     """
     Which frames stand at every 1 / `fps` seconds from the first to the last, where they begin at `times` in seconds.
 
     Of a slower video some stand more than once.
     """
     steady = times_of(int((times[-1] - times[0]) * fps + 1e-6) + 1, fps)
-    return np.searchsorted(times - times[0], steady + 1e-6, side="right") - 1
+    return torch.searchsorted(times - times[0], steady + 1e-6, right=True) - 1
 
 
-def read_video(video: Any, fps: float, metadata: Mapping | None = None) -> tuple[Sequence, np.ndarray]:
+def read_video(video: Any, fps: float, metadata: Mapping | None = None) -> tuple[Sequence, torch.Tensor]:
     """
     The frames of a video at a steady rate.
 
@@ -120,14 +120,14 @@ def read_video(video: Any, fps: float, metadata: Mapping | None = None) -> tuple
     if isinstance(video, Image.Image):
         frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(video)]
         lasts = [frame.info.get("duration", 100) / 1000 for frame in ImageSequence.Iterator(video)]
-        begins = np.cumsum([0, *lasts[:-1]])
+        begins = torch.tensor([0.0, *lasts[:-1]], dtype=torch.float64).cumsum(0)
     else:
         frames, begins = video, times_of(len(video), own_fps)
     chosen = sample_frames(begins, fps)
     return [frames[index] for index in chosen], times_of(len(chosen), fps)
 
 
-def fill_up(frames: Sequence, times: np.ndarray, ratio: int) -> tuple[list, np.ndarray]:
+def fill_up(frames: Sequence, times: torch.Tensor, ratio: int) -> tuple[list, torch.Tensor]:
     """Frames and their times with the last repeated until there are 1 + `ratio` k of them: none is dropped."""
     missing = -(len(frames) - 1) % ratio
-    return [*frames, *[frames[-1]] * missing], np.append(times, [times[-1]] * missing)
+    return [*frames, *[frames[-1]] * missing], torch.cat([times, times[-1:].expand(missing)])

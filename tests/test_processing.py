@@ -185,7 +185,7 @@ def test_the_chat_template_marks_what_the_assistant_says(processor, photo):
     [
         ([{"role": "assistant", "content": "hi"}], "Turns must alternate .* got 'assistant' as turn 1"),
         ([{"role": "user", "content": "hi"}] * 2, "got 'user' as turn 2"),
-        ([{"role": "user", "content": [{"type": "video"}]}], "content of type 'text' and 'image', got 'video'"),
+        ([{"role": "user", "content": [{"type": "audio"}]}], "'text', 'image' and 'video', got 'audio'"),
         ([{"role": "system", "content": "hi"}], "A system message needs a user message after it"),
     ],
 )

@@ -87,8 +87,8 @@ def test_frames_are_taken_at_the_rate_that_is_asked_for(processor):
 
 
 def test_a_slower_videos_frames_stand_longer():
-    assert sample_frames(np.array([0, 0.5, 1.0]), fps=4).tolist() == [0, 0, 1, 1, 2]
-    assert sample_frames(np.array([0, 0.1, 0.7]), fps=10).tolist() == [0, 1, 1, 1, 1, 1, 1, 2]
+    assert sample_frames(torch.tensor([0, 0.5, 1.0], dtype=torch.float64), fps=4).tolist() == [0, 0, 1, 1, 2]
+    assert sample_frames(torch.tensor([0, 0.1, 0.7], dtype=torch.float64), fps=10).tolist() == [0, 1, 1, 1, 1, 1, 1, 2]
 
 
 def test_a_gif_keeps_its_own_time(processor, tmp_path):
