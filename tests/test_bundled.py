@@ -10,7 +10,8 @@ from conftest import chat
 from test_user_route import run_fresh
 from transformers import AutoModel, AutoProcessor
 
-from recipe.evaluate import CONDITIONS, answer, held_out_cases, score, table
+from recipe.clips import CLIP_KINDS
+from recipe.evaluate import CONDITIONS, LAST_FRAME, answer, held_out_cases, held_out_clips, score, table
 from recipe.scenes import KINDS, SPLITS, draw_scene
 
 
@@ -50,11 +51,32 @@ def test_without_its_world_tokens_it_is_as_good_as_blind(condition, model, proce
     assert abs(without - blind) < 4 * spread
 
 
+@pytest.fixture(scope="module")
+def clips():
+    """80 questions about clips that it was not trained on, as many of each kind."""
+    return held_out_clips(20)
+
+
+def test_it_answers_about_clips_it_never_saw(model, processor, clips):
+    answers = answer(model, processor, clips, CONDITIONS["world tokens"])
+    assert score(clips, answers)["clips"]["share"] >= 0.8
+    assert RESULTS["scores"]["world tokens"]["clips"]["share"] >= 0.9
+
+
+def test_of_a_clips_last_frame_alone_it_knows_little_more_than_chance(model, processor, clips):
+    chance = sum(1 / len(answers) for answers in CLIP_KINDS.values()) / len(CLIP_KINDS)
+    assert RESULTS["scores"][LAST_FRAME]["clips"]["interval"][0] < chance + 0.05
+    answers = answer(model, processor, [clip.last_frame for clip in clips], CONDITIONS["world tokens"])
+    assert score(clips, answers)["clips"]["share"] < chance + 4 * (chance * (1 - chance) / len(clips)) ** 0.5
+
+
 def test_the_published_scores_are_of_these_weights():
     weights = (ROOT / "model.safetensors").read_bytes()
-    assert RESULTS["model.safetensors"] == hashlib.sha256(weights).hexdigest()
+    for run in (*CONDITIONS, LAST_FRAME):
+        assert RESULTS["weights"][run] == hashlib.sha256(weights).hexdigest()
     assert len(weights) < 10e6
-    assert RESULTS["questions"] >= 2000 and RESULTS["test scenes seen in training"] == 0
+    assert RESULTS["questions"] == {"scenes": 2700, "clips": 1200}
+    assert RESULTS["test scenes seen in training"] == RESULTS["test clips seen in training"] == 0
     readme = (ROOT / "README.md").read_text()
     assert table(RESULTS["scores"]) == (ROOT / "results" / "evaluation.md").read_text().strip()
     assert table(RESULTS["scores"]) in readme

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from recipe.scenes import draw_scene
+from recipe.clips import make_clip
+from recipe.scenes import SPLITS, draw_scene
 
 
 ROOT = Path(__file__).parent.parent
@@ -50,6 +51,17 @@ def test_make_demo_gives_three_right_answers(shown_scene, tmp_path):
     assert len(questions) == 3
     with Image.open(tmp_path / "demo.png") as drawn, Image.open(ROOT / "assets" / "demo.png") as shown:
         assert drawn.size == shown.size
+
+
+def test_a_clip_is_read_as_one(tmp_path):
+    clip = make_clip(SPLITS["test"][2])
+    right = next(question for question in clip.questions if question.kind == "direction")
+    printed = run_demo(str(ROOT / "assets" / "clip.png"), right.text, "--save", str(tmp_path / "clip.png"))
+    assert "9 frames of 64x64 pixels, read as [1, 9, 3, 64, 64]" in printed and "[1, 3, 16, 8, 8]" in printed
+    assert "0.000s<start_of_world><world_video> x 64<end_of_world>0.500s<start_of_world>" in printed
+    assert "192 of them world tokens" in printed and f"Answer    {right.answer}\n" in printed
+    with Image.open(tmp_path / "clip.png") as drawn:
+        assert drawn.width > 2 * 256
 
 
 def test_the_shown_picture_is_a_scene_kept_from_training(shown_scene):

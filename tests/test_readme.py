@@ -9,6 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 from test_demo import run_demo
 from test_run_it import RUN_IT
+from test_video import SECTION as VIDEO
 from test_vision import SECTION as VISION
 from test_vllm import COMMAND as VLLM_COMMAND
 from transformers import AutoConfig, Gemma2Config
@@ -17,6 +18,7 @@ import convert_weights
 import precompute_latents
 import train
 from benchmarks.__main__ import as_table
+from recipe.evaluate import LAST_FRAME
 
 
 ROOT = Path(__file__).parent.parent
@@ -24,8 +26,8 @@ README = (ROOT / "README.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
-    """The README's snippets, but for those that test_run_it.py, test_vision.py and test_vllm.py run."""
-    text = README.replace(RUN_IT, "").replace(VISION, "") if language == "python" else README
+    """The README's snippets, but for those that test_run_it.py, test_video.py, test_vision.py and test_vllm.py run."""
+    text = README.replace(RUN_IT, "").replace(VIDEO, "").replace(VISION, "") if language == "python" else README
     return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
 
 
@@ -164,8 +166,13 @@ def test_the_cards_results_are_those_of_the_evaluation():
         result.metric_name: result.metric_value for result in ModelCard.load(ROOT / "README.md").data.eval_results
     }
     scores = {
-        name: round(100 * report["scores"][condition]["overall"]["share"], 1)
-        for name, condition in {"accuracy": "world tokens", "accuracy without an image": "no image"}.items()
+        name: round(100 * report["scores"][condition][part]["share"], 1)
+        for name, (condition, part) in {
+            "accuracy": ("world tokens", "overall"),
+            "accuracy without an image": ("no image", "overall"),
+            "accuracy on clips": ("world tokens", "clips"),
+            "accuracy on clips by the last frame alone": (LAST_FRAME, "clips"),
+        }.items()
     }
     assert listed == scores
 

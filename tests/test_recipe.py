@@ -9,7 +9,8 @@ from conftest import chat
 from safetensors.torch import load_file
 from torch import nn
 
-from recipe import conversations, training
+from recipe import conversations, training, watch
+from recipe.clips import make_clip
 from recipe.conversations import IGNORED, AnswerLoss, RowMaker
 from recipe.evaluate import interval
 from recipe.scenes import COLOURS, SHAPES, SPLITS, draw_scene
@@ -18,11 +19,14 @@ from recipe.vae import pixels_of
 from theworld import TheWorldForConditionalGeneration, TheWorldProcessor
 
 
+SHORT = Length(vae=2, gemma=2, scenes=100, align=3, fine_tune=2, motion=2, clips=40, watch=6)
+
+
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     """Every stage, a few steps each."""
     folder = tmp_path_factory.mktemp("recipe")
-    train_all(folder, Length(vae=2, gemma=2, scenes=100, align=3, fine_tune=2))
+    train_all(folder, SHORT)
     return folder
 
 
@@ -137,7 +141,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
 
 def test_the_stages_leave_what_each_is_to_train(recipe, model):
     before = load_file(recipe / "joined-1" / "model.safetensors")
-    aligned, tuned = load_file(recipe / "theworld-frozen" / "model.safetensors"), model.state_dict()
+    aligned, tuned = (load_file(recipe / f"theworld-{stage}" / "model.safetensors") for stage in ("frozen", "images"))
     for name, weights in before.items():
         in_encoder = "world_encoder" in name
         assert torch.equal(aligned[name], weights) == in_encoder, name
@@ -166,8 +170,44 @@ def test_the_vae_learns_from_the_pixels_that_the_processor_makes(processor):
 
 def test_what_is_finished_is_not_made_again(recipe):
     times = {path: path.stat().st_mtime_ns for path in recipe.rglob("*")}
-    train_all(recipe, Length(vae=2, gemma=2, scenes=100, align=3, fine_tune=2))
+    train_all(recipe, SHORT)
     assert {path: path.stat().st_mtime_ns for path in recipe.rglob("*")} == times
+
+
+def test_to_see_motion_the_encoder_learns_its_past_alone(recipe, model):
+    before = load_file(recipe / "theworld-images" / "model.safetensors")
+    after = load_file(recipe / "motion" / "model.safetensors")
+    for name, weights in before.items():
+        if "time_conv" in name:
+            continue
+        if "world_encoder" in name and weights.dim() == 5 and weights.shape[2] == 3:
+            assert torch.equal(after[name][:, :, -1], weights[:, :, -1]) and after[name][:, :, :-1].any(), name
+        else:
+            assert torch.equal(after[name], weights), name
+    watched = model.state_dict()
+    for name, weights in after.items():
+        assert torch.equal(watched[name], weights) == ("world_encoder" in name), name
+
+
+@torch.no_grad()
+def test_an_inflated_encoder_sees_the_last_frame_of_each_latent(recipe):
+    model = TheWorldForConditionalGeneration.from_pretrained(recipe / "theworld-images").model
+    watch.inflate(model.world_encoder)
+    frames = watch.frames_of([make_clip(0)])
+    latents, images = model.get_world_latents(frames), model.get_world_latents(frames[0, ::4])
+    torch.testing.assert_close(latents[0], images, atol=1e-5, rtol=1e-5)
+
+
+def test_a_row_of_a_clip_is_what_the_processor_makes_of_its_frames(rows, processor):
+    clip = make_clip(0)
+    batch = rows.batch([clip], Random(0))
+    content = [{"type": "video", "video": list(clip.frames)}, {"type": "text", "text": clip.questions[0].text}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    start = 3 * 64  # the clip's part: the turn's opening, times and places
+    assert torch.equal(batch["input_ids"][0, :start], inputs["input_ids"][0, :start])
+    torch.testing.assert_close(watch.frames_of([clip]), inputs["pixel_values_videos"])
 
 
 def test_the_interval_is_wilsons():

@@ -72,4 +72,6 @@ AutoModel.from_config(config, trust_remote_code=trust).save_pretrained(sys.argv[
     run_fresh("-c", code, convert("gemma2"), tmp_path / "saved", save_from, cache=tmp_path / "cache")
     saved = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert saved["auto_map"]["AutoModelForMultimodalLM"] == "modeling_theworld.TheWorldForConditionalGeneration"
-    assert MODEL_FILES - {"processing_theworld.py", "videos_theworld.py"} <= {path.name for path in (tmp_path / "saved").iterdir()}
+    assert MODEL_FILES - {"processing_theworld.py", "videos_theworld.py"} <= {
+        path.name for path in (tmp_path / "saved").iterdir()
+    }

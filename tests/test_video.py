@@ -1,15 +1,21 @@
 """Pins how videos reach the model: which frames, when each was, where its tokens stand, what is refused."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModel
+from transformers import AutoModel, pipeline
 
 from theworld import TheWorldConfig, TheWorldProcessor
 from theworld.videos_theworld import flatten_videos, read_video, sample_frames
 
 
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SECTION = README[README.index("### Video\n") : README.index("### Vision and world\n")]
 QUESTION = "what is it?"
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -243,3 +249,39 @@ def test_gradients_reach_what_the_encoder_remembers(model, processor):
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
     reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert {name for name, _ in model.named_parameters()} - reached == set()
+
+
+# What the README says
+
+
+def test_the_readmes_snippets_run_as_they_stand(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    snippets = re.findall(r"^```python\n(.*?)^```", SECTION, flags=re.DOTALL | re.MULTILINE)
+    namespace = {}
+    for snippet in snippets:
+        exec(snippet, namespace)
+    assert len(snippets) == 2
+    assert capsys.readouterr().out.strip() == re.search(r"skip_special_tokens=True\)\)  # (.*)\n", SECTION).group(1)
+    first, further = namespace["first"], namespace["further"]
+    assert first.shape == (1, 2, 16, 8, 8) and further.shape == (1, 1, 16, 8, 8)
+    whole = namespace["model"].model.world_encoder(namespace["video"])
+    assert torch.allclose(torch.cat([first, further], dim=1), whole, **TOLERANCE)
+
+
+def test_the_pipeline_takes_a_video(folder, processor, model):
+    video = frames(5)
+    content = [{"type": "video", "video": video}, {"type": "text", "text": QUESTION}]
+    pipe = pipeline("image-text-to-text", model=str(folder), trust_remote_code=True)
+    answers = pipe(
+        text=[{"role": "user", "content": content}], max_new_tokens=6, do_sample=False, return_full_text=False
+    )
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    expected = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert answers[0]["generated_text"] == expected
