@@ -6,7 +6,7 @@ WEB := .venv-web
 HARNESS := .venv-harness
 EXTRAS := test,train
 
-.PHONY: demo test test-oldest test-vllm test-quantized test-harness test-web test-real-size train evaluate new-kind benchmark benchmark-training clean
+.PHONY: demo test test-oldest test-vllm test-quantized test-harness test-web test-real-size train evaluate new-kind benchmark benchmark-training reliability clean
 
 demo: $(VENV)/.installed
 	$(PYTHON) demo.py assets/scene.png "What shape is the blue object?" "How many circles are there?" "Where is the yellow star from the blue star?" --save demo.png
@@ -57,6 +57,10 @@ new-kind: $(VENV)/.installed
 # Speed and memory against diffusers and Gemma alone: a quarter of an hour on 2 cores with nothing else on them.
 benchmark: $(VENV)/.installed
 	$(PYTHON) -m benchmarks
+
+# Bad inputs, processes killed while they write, threads: what was tried, and how much of it went well. Ten minutes.
+reliability: $(VENV)/.installed
+	PYTHONPATH=.:tests $(PYTHON) tests/reliability.py
 
 # Training from latents against training from pixels: two minutes.
 benchmark-training: $(VENV)/.installed

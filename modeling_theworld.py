@@ -15,12 +15,20 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanEncoder3d, WanRMS_norm
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, Cache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 
+from .checks_theworld import (
+    check_attention_mask,
+    check_floating,
+    check_latents,
+    check_padded_on_the_left,
+    check_token_ids,
+    check_whole_images,
+)
 from .configuration_theworld import TheWorldConfig, TheWorldEncoderConfig
 from .frames_theworld import use_frame_modules
 
@@ -28,6 +36,9 @@ from .frames_theworld import use_frame_modules
 # Images are encoded together up to so many pixels, which bounds memory: one of 256 x 256 on a CPU, where more at once
 # are slower, and eight of 512 x 512 elsewhere.
 PIXELS_AT_ONCE = {"cpu": 2**16, "accelerator": 2**21}
+
+# A label that counts for nothing, as everywhere in transformers.
+IGNORED_LABEL = -100
 
 # Attention of the engines that build a model with `AutoModel.from_config` and put their own head on it.
 ENGINE_ATTENTION = ("vllm", "sglang")
@@ -86,11 +97,11 @@ class TheWorldEncoder(nn.Module):
             ValueError: If its shape or its range is another.
         """
         channels, ratio = self.config.in_channels, self.config.spatial_compression_ratio
-        if not pixel_values.is_floating_point():
-            raise TypeError(
-                f"`pixel_values` must be floating point in [-1, 1], got {pixel_values.dtype}. "
-                "TheWorldProcessor converts images; by hand it is `image / 127.5 - 1`."
-            )
+        check_floating(
+            pixel_values,
+            "`pixel_values` must be floating point in [-1, 1]",
+            "TheWorldProcessor converts images; by hand it is `image / 127.5 - 1`.",
+        )
         shape = tuple(pixel_values.shape)
         if len(shape) != 4 or shape[1] != channels or 0 in shape or shape[2] % ratio or shape[3] % ratio:
             raise ValueError(
@@ -254,6 +265,7 @@ class TheWorldModel(TheWorldPreTrainedModel):
         if pixel_values is not None:
             return self.get_image_features(pixel_values, return_dict=True).pooler_output
         if world_latents is not None:
+            check_latents(world_latents)
             return self.world_projection(world_latents)
         return encoded.pooler_output if encoded is not None else None
 
@@ -311,12 +323,21 @@ class TheWorldModel(TheWorldPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         if inputs_embeds is None:
+            check_token_ids(input_ids, self.config.text_config.vocab_size, "input_ids")
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        if inputs_embeds.shape[1] > (context := self.config.text_config.max_position_embeddings):
+            raise ValueError(
+                f"The prompt has {inputs_embeds.shape[1]} tokens, and the model reads {context}. Ask less at once, or "
+                "give fewer or smaller images."
+            )
+        check_attention_mask(attention_mask, *inputs_embeds.shape[:2])
 
         world_tokens = self.get_world_tokens(pixel_values, world_latents, mm_encoder_outputs)
         if world_tokens is not None:
             world_tokens = world_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, world_tokens)
+            if mm_encoder_outputs is None:  # which `generate` has checked, and may bring in pieces
+                check_whole_images(mask[..., 0], world_tokens.shape[1])
             inputs_embeds = inputs_embeds.masked_scatter(mask, world_tokens)
         elif input_ids is not None and input_ids.shape[1] > 1:  # a prompt: decoding goes on one token at a time
             torch_compilable_check(
@@ -447,6 +468,12 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
 
         loss = None
         if labels is not None:
+            check_token_ids(labels, self.config.text_config.vocab_size, "labels", ignored=IGNORED_LABEL)
+            if labels.shape != logits.shape[:2]:
+                raise ValueError(
+                    f"`labels` must be {list(logits.shape[:2])}, one for each position that has logits, got "
+                    f"{list(labels.shape)}. Leave `logits_to_keep` out in training."
+                )
             loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
 
         return TheWorldCausalLMOutputWithPast(
@@ -457,6 +484,22 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
         )
+
+    def _prepare_generated_length(
+        self, generation_config: GenerationConfig, *args, input_ids_length: int, **kwargs
+    ) -> GenerationConfig:
+        """As transformers' own; an answer ends where Gemma's context does, beyond which it would make no sense."""
+        context = self.config.text_config.max_position_embeddings
+        if input_ids_length >= context:
+            raise ValueError(
+                f"The prompt has {input_ids_length} tokens, and with an answer the model reads {context}. Ask less at "
+                "once, or give fewer or smaller images."
+            )
+        generation_config = super()._prepare_generated_length(
+            generation_config, *args, input_ids_length=input_ids_length, **kwargs
+        )
+        generation_config.max_length = min(generation_config.max_length, context)
+        return generation_config
 
     def prepare_inputs_for_generation(
         self,
@@ -486,19 +529,15 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
         A prompt's images stay together: for two beams, [A, B] becomes [A, B, A, B] and not [A, A, B, B]. What a cache
         holds was read with its images: those that come now are for the rest of the prompt.
         """
+        check_padded_on_the_left(model_kwargs.get("attention_mask"))
         image_forms = ("pixel_values", "world_latents", "mm_encoder_outputs")
         world_tokens = self.model.get_world_tokens(**{form: model_kwargs.pop(form, None) for form in image_forms})
         if world_tokens is not None:
             cache = model_kwargs.get("past_key_values")
             prompts = input_ids[:, cache.get_seq_length() if cache is not None else 0 :] if input_ids.numel() else None
             mask = self.model.get_placeholder_mask(prompts, model_kwargs.get("inputs_embeds"), world_tokens)
-            places, places_per_image = mask.sum((1, 2)), world_tokens.shape[1]
-            if (places % places_per_image).any():
-                raise ValueError(
-                    f"An image's {places_per_image} `<world>` places must be in one prompt, but the prompts have "
-                    f"{places.tolist()}."
-                )
-            images_by_prompt = world_tokens.split((places // places_per_image).tolist())
+            check_whole_images(mask[..., 0], world_tokens.shape[1])
+            images_by_prompt = world_tokens.split((mask.sum((1, 2)) // world_tokens.shape[1]).tolist())
             world_tokens = torch.cat([images.repeat(expand_size, 1, 1) for images in images_by_prompt])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **model_kwargs

@@ -1,10 +1,16 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
 """Text and images to TheWorld's inputs: one `<world>` in a prompt becomes the places of an image's world tokens."""
 
+# First: it names a transformers that lacks what follows.
+from .versions_theworld import TESTED  # noqa: F401 # isort: skip
+
 import torch
+from jinja2 import TemplateError
 from transformers import BatchFeature, ProcessorMixin, SiglipImageProcessorPil
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs
+
+from .images_theworld import read_images
 
 
 class TheWorldImagesKwargs(ImagesKwargs, total=False):
@@ -34,6 +40,23 @@ def flatten_images(images: ImageInput | None) -> list:
     if grouped_by_prompt(images):
         return [image for prompt_images in images for image in prompt_images]
     return make_flat_list_of_images(images)
+
+
+def list_latents(world_latents: torch.Tensor | list) -> list:
+    """Latents as a list of [z, h, w], or of a list of those for each prompt; raises a `ValueError` for others."""
+
+    def is_list(entry):
+        return isinstance(entry, list | tuple) or (isinstance(entry, torch.Tensor) and entry.ndim == 4)
+
+    entries = [list(entry) if is_list(entry) else entry for entry in world_latents]
+    flat = [each for entry in entries for each in (entry if isinstance(entry, list) else [entry])]
+    found = {str(list(each.shape)) if isinstance(each, torch.Tensor) else type(each).__name__ for each in flat}
+    if len(found) > 1 or not all(isinstance(each, torch.Tensor) and each.ndim == 3 for each in flat):
+        raise ValueError(
+            f"`world_latents` must be tensors [z, h, w], one for each image, all of one size, got "
+            f"{', '.join(sorted(found))}. `get_world_latents` returns them for a batch of images."
+        )
+    return entries
 
 
 class TheWorldProcessor(ProcessorMixin):
@@ -96,7 +119,8 @@ class TheWorldProcessor(ProcessorMixin):
         Text and images to the model's inputs.
 
         Args:
-            images: An image, a list of the images of all prompts, or a list of images for each prompt.
+            images: An image in any form that `read_image` reads, a list of the images of all prompts, or a list of
+                images for each prompt.
             text: A prompt or several, with one `<world>` for each image.
             world_latents: In place of `images`: latents of images, as the model's `get_world_latents` returns them,
                 [B, z, h, w]; or a list of [z, h, w], or a list of those for each prompt.
@@ -106,15 +130,39 @@ class TheWorldProcessor(ProcessorMixin):
             `input_ids`, `attention_mask`, and `pixel_values` or `world_latents`.
 
         Raises:
-            ValueError: If images and `<world>` differ in number, or images come twice.
+            TypeError, ValueError: If images and `<world>` differ in number, images come twice, or one cannot be read;
+                or if `text` is none.
         """
+        prompts = [text] if text is None or isinstance(text, str) else text
+        if not isinstance(prompts, list | tuple) or not all(isinstance(each, str | None) for each in prompts):
+            raise TypeError(f"`text` must be a string or a list of strings, got {type(text).__name__}: {text!r:.60}.")
+        if not prompts:
+            raise ValueError("`text` is an empty list. Give a prompt or more.")
         if world_latents is None:
             return super().__call__(images=images, text=text, **kwargs)
         if images is not None:
             raise ValueError("Give the images once: as `images` or as `world_latents`.")
         images_kwargs = {**kwargs.pop("images_kwargs", {}), "encoded": True}
-        images = list(world_latents) if isinstance(world_latents, torch.Tensor) else world_latents
-        return super().__call__(images=images, text=text, images_kwargs=images_kwargs, **kwargs)
+        return super().__call__(images=list_latents(world_latents), text=text, images_kwargs=images_kwargs, **kwargs)
+
+    def apply_chat_template(self, conversation: list[dict] | list[list[dict]], *args, **kwargs):
+        """
+        As transformers' own.
+
+        Raises:
+            ValueError: If the template does not take the conversation: its turns do not alternate, or a text in it
+                holds one of the three tokens, which nobody who types in a chat is to write.
+        """
+        try:
+            return super().apply_chat_template(conversation, *args, **kwargs)
+        except TemplateError as error:
+            raise ValueError(str(error)) from error
+
+    def prepare_inputs_layout(self, images: ImageInput | None = None, text: str | list[str] | None = None, **kwargs):
+        """As transformers' own, with the images as RGB, however they came."""
+        if images is not None and not kwargs.get("images_kwargs", {}).get("encoded"):
+            images = read_images(images, kwargs.get("input_data_format"))
+        return super().prepare_inputs_layout(images=images, text=text, **kwargs)
 
     def validate_inputs(self, images: ImageInput | None = None, text: list[str] | None = None, **kwargs):
         """Checks that every prompt has one `<world>` for each of its images; raises a `ValueError` where not."""
@@ -148,12 +196,6 @@ class TheWorldProcessor(ProcessorMixin):
         """The model's inputs for images, or for latents if they are `encoded`, and the text that stands for each."""
         images = flatten_images(images)
         if encoded and images:
-            shapes = {tuple(latents.shape) for latents in images}
-            if len(shapes) > 1 or len(shapes.pop()) != 3:
-                raise ValueError(
-                    f"`world_latents` must be [z, h, w] for each image, all of one size, got "
-                    f"{[list(latents.shape) for latents in images]}."
-                )
             inputs = {"world_latents": torch.stack(images)}
             return inputs, [self.replace_image_token(inputs, number) for number in range(len(images))]
         return super()._process_images(images, **kwargs) if images else ({}, [])

@@ -181,7 +181,7 @@ def test_what_it_cannot_read_is_said(page):
     box.send_keys("<world>What is this?")
     page.click("Ask")
     said = wait_for(lambda: page.find(".toast-body").text, "a message")
-    assert "one `<world>` for each of its images: the prompts have [2], the images are [1]" in said
+    assert "text holds <world>, which stands for an image. Give images as parts" in said
     assert not page.answers("#with")
 
 
@@ -195,3 +195,10 @@ def test_large_uploads_are_refused(address):
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(request, timeout=60)
     assert refused.value.code == 413
+
+
+@pytest.mark.parametrize("path", ["/etc/hostname", str(ROOT / "app.py"), "app.py", "../../../etc/hostname"])
+def test_no_file_but_its_own_is_served(address, path):
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(f"{address}/gradio_api/file={path}", timeout=60)
+    assert refused.value.code in (403, 404)
