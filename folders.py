@@ -19,6 +19,8 @@ except ImportError:  # Windows, where what a killed run left stays
     fcntl = None
 
 SUMS = "SHA256SUMS"
+# The card is for people to go on writing, and sums of it would soon be wrong.
+UNSUMMED = (SUMS, "README.md")
 # Of renameat2(2): paths are relative to the working folder; swap the two.
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
@@ -123,8 +125,9 @@ def sha256(file: Path) -> str:
 
 
 def write_sums(folder: Path) -> None:
-    """Writes the sums of a folder's files, in the form that `sha256sum --check` reads."""
-    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.name != SUMS)
+    """Writes the sums of a folder's files but its card's, in the form that `sha256sum --check` reads."""
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.name not in UNSUMMED)
+    files = sorted(path.relative_to(folder) for path in paths)
     (folder / SUMS).write_text("".join(f"{sha256(folder / file)}  {file.as_posix()}\n" for file in files))
 
 

@@ -325,11 +325,6 @@ class TheWorldModel(TheWorldPreTrainedModel):
         if inputs_embeds is None:
             check_token_ids(input_ids, self.config.text_config.vocab_size, "input_ids")
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        if inputs_embeds.shape[1] > (context := self.config.text_config.max_position_embeddings):
-            raise ValueError(
-                f"The prompt has {inputs_embeds.shape[1]} tokens, and the model reads {context}. Ask less at once, or "
-                "give fewer or smaller images."
-            )
         check_attention_mask(attention_mask, *inputs_embeds.shape[:2])
 
         world_tokens = self.get_world_tokens(pixel_values, world_latents, mm_encoder_outputs)
@@ -493,7 +488,7 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
         if input_ids_length >= context:
             raise ValueError(
                 f"The prompt has {input_ids_length} tokens, and with an answer the model reads {context}. Ask less at "
-                "once, or give fewer or smaller images."
+                "once, give fewer or smaller images, or, if its rope is scaled, raise `max_position_embeddings`."
             )
         generation_config = super()._prepare_generated_length(
             generation_config, *args, input_ids_length=input_ids_length, **kwargs

@@ -222,12 +222,13 @@ def main(arguments: list[str] | None = None, callbacks: Sequence[TrainerCallback
     if is_latents(args.dataset):
         model.model.world_encoder = AbsentEncoder()
     processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
+    context = model.config.text_config.max_position_embeddings
     trainer = Trainer(
         choose_parts(model, args),
         args=config,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        data_collator=ConversationCollator(processor, config.max_length),
+        data_collator=ConversationCollator(processor, min(config.max_length or context, context)),
         processing_class=processor,
         callbacks=list(callbacks),
     )

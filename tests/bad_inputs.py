@@ -522,11 +522,6 @@ TENSORS = [
         "prompts must be padded on the left, but some end in padding",
     ),
     Row(
-        "more than Gemma's context",
-        lambda g: g.logits(input_ids=torch.full((1, 8193), 30), attention_mask=None, pixel_values=None),
-        "The prompt has 8193 tokens, and the model reads 8192",
-    ),
-    Row(
         "no room for an answer",
         lambda g: g.answer(input_ids=torch.full((1, 8192), 30), attention_mask=None, pixel_values=None),
         "The prompt has 8192 tokens, and with an answer the model reads 8192",

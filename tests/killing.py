@@ -1,8 +1,8 @@
 """
 Kills a command at chosen and at random moments, again and again, and looks at what it left.
 
-Processes are forked, so that what takes long, importing, is done once. A moment is the start of one of the operations
-on files that Python reports to audit hooks, or a time.
+Processes are forked, so that what takes long, importing, is done once. A moment is the start of an operation on files,
+of those that Python reports to audit hooks, or a time.
 """
 
 import json
@@ -11,7 +11,8 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,30 +20,34 @@ import torch
 from theworld.folders import SUMS, check_sums
 
 
-WATCHED = (
-    "open",
-    "os.mkdir",
-    "os.rename",
-    "os.remove",
-    "os.rmdir",
-    "shutil.rmtree",
-    "shutil.copyfile",
-    "ctypes.dlsym",
-)
+# Operations that change which folder is where: each is a moment. Of the others there are too many.
+TURNING = ("os.rename", "ctypes.dlsym")
+WATCHED = (*TURNING, "open", "os.mkdir", "os.remove", "os.rmdir", "shutil.copyfile", "shutil.rmtree")
 
 
-def run_forked(run: Callable[[], object], event: int | None = None, seconds: float | None = None) -> tuple[bool, int]:
-    """Whether `run` ended before it was killed, and how many operations on files it began."""
+def run_forked(
+    run: Callable[[], object], operation: tuple[str | None, int] | None = None, seconds: float | None = None
+) -> tuple[bool, Counter]:
+    """
+    Runs, and kills.
+
+    Args:
+        run: What is done; an exit code that is not 0 is an error.
+        operation: At which operation to kill: the name, or None for any, and a number, which counts from 1.
+        seconds: After which time to kill, instead.
+
+    Returns:
+        Whether it ended before it was killed, and how many operations of each name it began.
+    """
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        code, count = 1, 0
+        code, counts = 1, Counter()
 
         def watch(name: str, args: tuple) -> None:
-            nonlocal count
             if name in WATCHED:
-                count += 1
-                if count == event:
+                counts.update((name, None))
+                if operation is not None and name == (operation[0] or name) and counts[operation[0]] == operation[1]:
                     os.kill(os.getpid(), signal.SIGKILL)
 
         try:
@@ -52,7 +57,7 @@ def run_forked(run: Callable[[], object], event: int | None = None, seconds: flo
             sys.addaudithook(watch)
             code = run() or 0
         finally:
-            os.write(writing, str(count).encode())
+            os.write(writing, json.dumps(list(counts.items())).encode())
             os._exit(code)
     os.close(writing)
     if seconds is not None:
@@ -63,19 +68,20 @@ def run_forked(run: Callable[[], object], event: int | None = None, seconds: flo
         counted = pipe.read()
     if os.WIFEXITED(status) and os.WEXITSTATUS(status) != 0:
         raise RuntimeError(f"It failed by itself, with exit code {os.WEXITSTATUS(status)}.")
-    return os.WIFEXITED(status), int(counted or 0)
+    return os.WIFEXITED(status), Counter(dict(json.loads(counted or "[]")))
 
 
-def moments(run: Callable[[], object], number: int) -> Iterator[dict]:
-    """`number` moments of a run: its last operations on files, others spread over it, and random times."""
+def moments(run: Callable[[], object], number: int) -> list[dict]:
+    """`number` moments of a run, or more: all of `TURNING`, then others and times by chance."""
     started = time.monotonic()
-    _, operations = run_forked(run)
+    _, counts = run_forked(run)
     seconds = time.monotonic() - started
     chance = random.Random(0)
-    last = range(operations, max(operations - number // 3, 0), -1)
-    spread = [chance.randint(1, operations) for _ in range(number // 3)]
-    yield from ({"event": event} for event in (*last, *spread))
-    yield from ({"seconds": chance.uniform(0, seconds)} for _ in range(number - len(last) - len(spread)))
+    chosen = [{"operation": (name, count)} for name in TURNING for count in range(1, counts[name] + 1)]
+    for _ in range(max(number - len(chosen), 0) // 2):
+        chosen.append({"operation": (None, chance.randint(1, counts[None]))})
+        chosen.append({"seconds": chance.uniform(0, seconds)})
+    return chosen
 
 
 def state(output: Path) -> str | None:
@@ -98,15 +104,15 @@ def kill_conversions(vae: str, gemma: str, output: Path, number: int) -> dict[st
     for dtype in ("bfloat16", "float32"):
         run_forked(lambda dtype=dtype: convert(dtype))
         both.add(state(output))
-    tried = survived = finished = 0
+    killed = survived = 0
     for turn, moment in enumerate(moments(lambda: convert("float32"), number)):
         dtype = ("bfloat16", "float32")[turn % 2]
         done, _ = run_forked(lambda dtype=dtype: convert(dtype), **moment)
-        tried, finished = tried + 1, finished + done
-        survived += state(output) in both
+        killed += not done
+        survived += not done and state(output) in both
     run_forked(lambda: convert("float32"))
     left = len(list(output.parent.iterdir())) - 1
-    return {"tried": tried, "survived": survived, "ended before": finished, "left beside": left}
+    return {"killed": killed, "survived": survived, "left beside": left}
 
 
 def kill_trainings(model: str, dataset: str, output: Path, number: int) -> dict[str, int]:
@@ -120,16 +126,17 @@ def kill_trainings(model: str, dataset: str, output: Path, number: int) -> dict[
     def run() -> None:
         train.main(options_of(**options, max_steps=2, train="projection"))
 
-    tried = survived = finished = 0
+    killed = survived = 0
     for moment in moments(run, number):
         done, _ = run_forked(run, **moment)
-        tried, finished = tried + 1, finished + done
+        killed += not done
         kept = [state(folder) for folder in output.glob("checkpoint-*")]
-        unfinished = not (output / SUMS).is_file()
-        survived += len(kept) == 2 and (not done if unfinished else state(output) is not None)
+        if (output / SUMS).is_file():  # without them a final save says that it is unfinished
+            state(output)
+        survived += not done and len(kept) == 2
     run_forked(run)
     left = len(list(output.parent.iterdir())) - 1
-    return {"tried": tried, "survived": survived, "ended before": finished, "left beside": left}
+    return {"killed": killed, "survived": survived, "left beside": left}
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def main() -> None:
             ),
         }
     for name, each in killed.items():
-        counts[f"{name} killed, the old or the new folder whole"] = {"tried": each["tried"], "held": each["survived"]}
+        counts[f"{name} killed, the old or the new folder whole"] = {"tried": each["killed"], "held": each["survived"]}
     counts[f"answers to {THREADS} threads that share a model, as alone"] = try_threads()
     libraries = {each.__name__: each.__version__ for each in (torch, transformers, diffusers, PIL)}
     report = {"counts": counts, "threads": THREADS, "versions": libraries}

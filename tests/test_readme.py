@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from bad_inputs import BAD_INPUTS
 from huggingface_hub import ModelCard
+from reliability import as_table as as_counts
 from test_demo import run_demo
 from test_run_it import RUN_IT
 from test_vllm import COMMAND as VLLM_COMMAND
@@ -66,6 +68,8 @@ def test_the_shell_commands_exist(user_folder):
             case ["pip", "install", "-e", target]:
                 extras = re.findall(r'"?\.(?:\[(\w+)\])?"?', target)
                 assert all(f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text() for extra in extras if extra)
+            case ["python", "convert_weights.py", "--verify", folder]:
+                assert convert_weights.main(["--verify", folder]) == 0
             case ["python", "convert_weights.py", *arguments]:
                 assert convert_weights.parse_arguments(arguments).output == Path("my-theworld")
             case ["vllm", "serve", *_]:
@@ -139,6 +143,14 @@ def test_the_benchmarks_are_those_of_a_run():
     table = as_table(report["rows"])
     assert table == (ROOT / "results" / "benchmarks.md").read_text().strip()
     assert table in README and report["machine"] in README and report["seconds"] < 15 * 60
+
+
+def test_the_reliability_is_that_of_a_run():
+    report = json.loads((ROOT / "results" / "reliability.json").read_text())
+    table = as_counts(report)
+    assert table == (ROOT / "results" / "reliability.md").read_text().strip() and table in README
+    assert all(each["tried"] == each["held"] > 0 for each in report["counts"].values())
+    assert next(iter(report["counts"].values()))["tried"] == len(BAD_INPUTS)
 
 
 def test_the_versions_are_those_of_the_package_and_the_tests():

@@ -138,6 +138,17 @@ def test_a_conversation_that_would_be_cut_is_refused(processor, rows):
         ConversationCollator(processor, max_length=longest - 1)(rows)
 
 
+def test_a_conversation_longer_than_gemmas_context_is_refused(dataset, tmp_path):
+    for file in ROOT.iterdir():
+        if file.is_file():
+            shutil.copy(file, tmp_path)
+    config = json.loads((ROOT / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 32
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="tokens, more than max_length=32. Cutting it would lose"):
+        run_train(model=tmp_path, dataset=dataset, output_dir=tmp_path / "run")
+
+
 # What trains, and what a save holds.
 
 CHANGED = {
