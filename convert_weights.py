@@ -68,7 +68,6 @@ MODEL_FILES = (
     "images_theworld.py",
     "modeling_theworld.py",
     "processing_theworld.py",
-    "versions_theworld.py",
 )
 HERE = Path(__file__).parent
 

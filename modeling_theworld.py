@@ -22,11 +22,12 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 
 from .checks_theworld import (
-    check_attention_mask,
+    check_asked,
+    check_context,
     check_floating,
+    check_labels,
     check_latents,
-    check_padded_on_the_left,
-    check_token_ids,
+    check_prompts,
     check_whole_images,
 )
 from .configuration_theworld import TheWorldConfig, TheWorldEncoderConfig
@@ -36,9 +37,6 @@ from .frames_theworld import use_frame_modules
 # Images are encoded together up to so many pixels, which bounds memory: one of 256 x 256 on a CPU, where more at once
 # are slower, and eight of 512 x 512 elsewhere.
 PIXELS_AT_ONCE = {"cpu": 2**16, "accelerator": 2**21}
-
-# A label that counts for nothing, as everywhere in transformers.
-IGNORED_LABEL = -100
 
 # Attention of the engines that build a model with `AutoModel.from_config` and put their own head on it.
 ENGINE_ATTENTION = ("vllm", "sglang")
@@ -320,12 +318,10 @@ class TheWorldModel(TheWorldPreTrainedModel):
         Returns:
             `last_hidden_state` [batch, S, D], and Gemma's other outputs.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        vocab_size = self.config.text_config.vocab_size
+        check_prompts(input_ids, inputs_embeds, attention_mask, past_key_values, vocab_size)
         if inputs_embeds is None:
-            check_token_ids(input_ids, self.config.text_config.vocab_size, "input_ids")
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        check_attention_mask(attention_mask, *inputs_embeds.shape[:2])
 
         world_tokens = self.get_world_tokens(pixel_values, world_latents, mm_encoder_outputs)
         if world_tokens is not None:
@@ -463,12 +459,7 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
 
         loss = None
         if labels is not None:
-            check_token_ids(labels, self.config.text_config.vocab_size, "labels", ignored=IGNORED_LABEL)
-            if labels.shape != logits.shape[:2]:
-                raise ValueError(
-                    f"`labels` must be {list(logits.shape[:2])}, one for each position that has logits, got "
-                    f"{list(labels.shape)}. Leave `logits_to_keep` out in training."
-                )
+            check_labels(labels, logits)
             loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
 
         return TheWorldCausalLMOutputWithPast(
@@ -481,19 +472,16 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
         )
 
     def _prepare_generated_length(
-        self, generation_config: GenerationConfig, *args, input_ids_length: int, **kwargs
+        self, generation_config: GenerationConfig, *, input_ids_length: int, inputs_tensor: torch.Tensor, **kwargs
     ) -> GenerationConfig:
         """As transformers' own; an answer ends where Gemma's context does, beyond which it would make no sense."""
-        context = self.config.text_config.max_position_embeddings
-        if input_ids_length >= context:
-            raise ValueError(
-                f"The prompt has {input_ids_length} tokens, and with an answer the model reads {context}. Ask less at "
-                "once, give fewer or smaller images, or, if its rope is scaled, raise `max_position_embeddings`."
-            )
+        context, length = self.config.text_config.max_position_embeddings, inputs_tensor.shape[1]
+        check_context(length, context)
         generation_config = super()._prepare_generated_length(
-            generation_config, *args, input_ids_length=input_ids_length, **kwargs
+            generation_config, input_ids_length=input_ids_length, inputs_tensor=inputs_tensor, **kwargs
         )
-        generation_config.max_length = min(generation_config.max_length, context)
+        # `max_length` does not count prompts that came as embeddings.
+        generation_config.max_length = min(generation_config.max_length, context - length + input_ids_length)
         return generation_config
 
     def prepare_inputs_for_generation(
@@ -524,7 +512,7 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
         A prompt's images stay together: for two beams, [A, B] becomes [A, B, A, B] and not [A, A, B, B]. What a cache
         holds was read with its images: those that come now are for the rest of the prompt.
         """
-        check_padded_on_the_left(model_kwargs.get("attention_mask"))
+        check_asked(input_ids, model_kwargs.get("attention_mask"), self.config.text_config.vocab_size)
         image_forms = ("pixel_values", "world_latents", "mm_encoder_outputs")
         world_tokens = self.model.get_world_tokens(**{form: model_kwargs.pop(form, None) for form in image_forms})
         if world_tokens is not None:

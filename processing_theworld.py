@@ -2,7 +2,7 @@
 """Text and images to TheWorld's inputs: one `<world>` in a prompt becomes the places of an image's world tokens."""
 
 # First: it names a transformers that lacks what follows.
-from .versions_theworld import TESTED  # noqa: F401 # isort: skip
+from .checks_theworld import TESTED  # noqa: F401 # isort: skip
 
 import torch
 from jinja2 import TemplateError

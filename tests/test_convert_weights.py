@@ -130,7 +130,6 @@ def test_the_folder_is_a_complete_model_repo(checkpoint):
         "processor_config.json",
         "tokenizer.json",
         "tokenizer_config.json",
-        "versions_theworld.py",
     }
     template = (convert_weights.HERE / "chat_template.jinja").read_text()
     assert (checkpoint / "chat_template.jinja").read_text() == template
