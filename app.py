@@ -32,11 +32,12 @@ from recipe.scenes import SPLITS, draw_scene
 
 
 # What one who asks may use of the machine: a request with the files in it, a picture, a question, an answer's time;
-# and all together: how many wait, and how long a conversation and its files are kept.
+# and all together: how many wait, how many conversations are kept, and how long, with their files.
 MAX_BYTES = 5_000_000
 MAX_CHARACTERS = 1000
 MAX_SECONDS = 60
 MAX_WAITING = 64
+MAX_KEPT = 100
 KEPT_SECONDS = 3600
 Image.MAX_IMAGE_PIXELS = 2**24
 CSS = ".gradio-container {max-width: 1180px !important} #picture img {width: 100%; height: 100%; object-fit: contain}"
@@ -259,5 +260,8 @@ with gr.Blocks(title="TheWorld", delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as p
 
 if __name__ == "__main__":
     page.queue(max_size=MAX_WAITING).launch(
-        max_file_size=MAX_BYTES, css=CSS, app_kwargs={"middleware": [Middleware(SizeLimit)]}
+        max_file_size=MAX_BYTES,
+        state_session_capacity=MAX_KEPT,
+        css=CSS,
+        app_kwargs={"middleware": [Middleware(SizeLimit)]},
     )

@@ -72,15 +72,18 @@ def run_forked(
 
 
 def moments(run: Callable[[], object], number: int) -> list[dict]:
-    """`number` moments of a run, or more: all of `TURNING`, then others and times by chance."""
+    """`number` moments of a run: up to half of them of `TURNING`, the others and times by chance."""
     started = time.monotonic()
     _, counts = run_forked(run)
     seconds = time.monotonic() - started
     chance = random.Random(0)
-    chosen = [{"operation": (name, count)} for name in TURNING for count in range(1, counts[name] + 1)]
-    for _ in range(max(number - len(chosen), 0) // 2):
-        chosen.append({"operation": (None, chance.randint(1, counts[None]))})
-        chosen.append({"seconds": chance.uniform(0, seconds)})
+    turning = [{"operation": (name, count)} for name in TURNING for count in range(1, counts[name] + 1)]
+    chosen = chance.sample(turning, min(number // 2, len(turning)))
+    for each in range(number - len(chosen)):
+        if each % 2:
+            chosen.append({"operation": (None, chance.randint(1, counts[None]))})
+        else:
+            chosen.append({"seconds": chance.uniform(0, seconds)})
     return chosen
 
 

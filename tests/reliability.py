@@ -1,20 +1,28 @@
 """
 Tries what should break TheWorld, and writes down what was tried and what held (`make reliability`).
 
+    python tests/reliability.py PYTHON_WITH_GRADIO PYTHON_WITH_VLLM
+
 The tests try the same, at fewer moments.
 """
 
 import json
+import os
+import subprocess
+import sys
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import diffusers
 import PIL
 import torch
 import transformers
 from bad_inputs import BAD_INPUTS, Given
+from load import AT_ONCE
 from test_determinism import THREADS, answer
 from test_files import kill
 from tiny_sources import TEXT_CONFIGS, make_gemma, make_pipeline
@@ -23,13 +31,15 @@ from training import write_conversations
 from transformers import AutoModel, AutoProcessor
 
 import convert_weights
+from benchmarks.__main__ import describe_machine
 from recipe.scenes import SPLITS, draw_scene
 from theworld import TheWorldForConditionalGeneration, TheWorldProcessor
 
 
 ROOT = Path(__file__).parent.parent
-KILLS = {"conversions": 200, "trainings": 40}
+KILLS = {"conversions": 200, "trainings": 110}
 QUESTIONS = 200
+REQUESTS = 1000
 
 
 def try_bad_inputs(folder: Path, files: Path) -> dict[str, int]:
@@ -59,14 +69,26 @@ def try_threads() -> dict[str, int]:
     return {"tried": QUESTIONS, "held": sum(one == other for one, other in zip(alone, together, strict=True))}
 
 
+def try_server(python: str, server: str) -> dict[str, Any]:
+    """Loads a server, in the environment that has it."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "PYTHONWARNINGS": "ignore"}
+    command = [python, ROOT / "tests" / "load.py", server, str(REQUESTS)]
+    finished = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
 def as_table(report: dict) -> str:
-    lines = ["| | tried | held |", "|---|---|---|"]
-    lines += [f"| {name} | {each['tried']:,} | {each['held']:,} |" for name, each in report["counts"].items()]
+    lines = ["| | tried | held | failed | memory at the end |", "|---|---|---|---|---|"]
+    for name, each in report["counts"].items():
+        memory = f"{each['growth']:.1%} of that after {each['first']}".replace("%", " %") if "growth" in each else ""
+        failed = each["tried"] - each["held"]
+        lines.append(f"| {name} | {each['tried']:,} | {each['held']:,} | {failed:,} | {memory} |")
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(web_python: str, vllm_python: str) -> None:
     warnings.simplefilter("ignore")
+    started = time.monotonic()
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
         vae, gemma = make_pipeline(folder / "vae"), make_gemma(folder / "gemma", TEXT_CONFIGS["gemma2"])
@@ -74,24 +96,34 @@ def main() -> None:
         if convert_weights.main([*source, "--output", str(folder / "checkpoint")]) != 0:
             raise SystemExit(1)
         (folder / "files").mkdir()
-        counts = {
-            "bad inputs, read as meant or refused in words": try_bad_inputs(folder / "checkpoint", folder / "files")
-        }
-        killed = {
-            "conversions": kill("conversions", vae, gemma, folder / "converted" / "out", KILLS["conversions"]),
-            "trainings": kill(
-                "trainings", ROOT, write_conversations(folder / "data"), folder / "runs" / "run", KILLS["trainings"]
-            ),
-        }
-    for name, each in killed.items():
-        counts[f"{name} killed, the old or the new folder whole"] = {"tried": each["killed"], "held": each["survived"]}
-    counts[f"answers to {THREADS} threads that share a model, as alone"] = try_threads()
-    libraries = {each.__name__: each.__version__ for each in (torch, transformers, diffusers, PIL)}
-    report = {"counts": counts, "threads": THREADS, "versions": libraries}
+        bad_inputs = try_bad_inputs(folder / "checkpoint", folder / "files")
+        conversions = kill("conversions", vae, gemma, folder / "converted" / "out", KILLS["conversions"])
+        trainings = kill(
+            "trainings", ROOT, write_conversations(folder / "data"), folder / "runs" / "run", KILLS["trainings"]
+        )
+    counts = {
+        "bad inputs, read as meant or refused in words": bad_inputs,
+        "conversions killed, the old or the new folder whole": survived(conversions),
+        "trainings killed, each checkpoint whole": survived(trainings),
+        f"answers to {THREADS} threads that share a model, as alone": try_threads(),
+        f"requests to the web page, {AT_ONCE} at once": try_server(web_python, "web"),
+        f"requests to vLLM, {AT_ONCE} at once": try_server(vllm_python, "vllm"),
+    }
+    report = {
+        "counts": counts,
+        "threads": THREADS,
+        "versions": {each.__name__: each.__version__ for each in (torch, transformers, diffusers, PIL)},
+        "machine": describe_machine(),
+        "seconds": round(time.monotonic() - started),
+    }
     (ROOT / "results" / "reliability.json").write_text(json.dumps(report, indent=2) + "\n")
     (ROOT / "results" / "reliability.md").write_text(as_table(report) + "\n")
     print(as_table(report))
 
 
+def survived(killed: dict[str, int]) -> dict[str, int]:
+    return {"tried": killed["killed"], "held": killed["survived"]}
+
+
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -8,8 +8,10 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
+import load
 import pytest
 from PIL import Image
 from test_vllm import free_port
@@ -39,10 +41,10 @@ def wait_for(condition: Callable, what: str, seconds: float = 60):
     pytest.fail(f"waited {seconds} s for {what}")
 
 
-@pytest.fixture(scope="module")
-def address(tmp_path_factory):
-    """app.py as a user starts it."""
-    port, log = free_port(), tmp_path_factory.mktemp("web") / "log.txt"
+@contextmanager
+def serve(folder: Path):
+    """Runs app.py as a user starts it; yields its address, once it is ready, and its process."""
+    port, log = free_port(), folder / "log.txt"
     environment = os.environ | {"GRADIO_SERVER_PORT": str(port), "GRADIO_ANALYTICS_ENABLED": "False"}
     with log.open("w") as stream:
         server = subprocess.Popen(
@@ -52,10 +54,21 @@ def address(tmp_path_factory):
         wait_for(lambda: server.poll() is not None or "Running on" in log.read_text(), "app.py to start")
         assert server.poll() is None, log.read_text()
         assert f"http://127.0.0.1:{port}" in log.read_text()  # not on every address of the machine
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{port}", server.pid
     finally:
         server.terminate()
         server.wait(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with serve(tmp_path_factory.mktemp("web")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def address(server):
+    return server[0]
 
 
 @pytest.fixture(scope="module")
@@ -185,16 +198,32 @@ def test_what_it_cannot_read_is_said(page):
     assert not page.answers("#with")
 
 
-def test_large_uploads_are_refused(address):
-    body = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n' + bytes(6_000_000)
-    request = urllib.request.Request(
-        f"{address}/gradio_api/upload",
-        data=body + b"\r\n--b--\r\n",
-        headers={"Content-Type": "multipart/form-data; boundary=b"},
-    )
+@pytest.mark.parametrize(("number", "size"), [(1, 6_000_000), (100, 60_000)], ids=["one file", "a hundred"])
+def test_large_uploads_are_refused(address, number, size):
+    head = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+    body = (head + bytes(size) + b"\r\n") * number + b"--b--\r\n"
+    refused = upload(address, body)
+    assert refused.code == 413 and b"A request may have 5,000,000 bytes." in refused.read()
+
+
+def test_uploads_of_unknown_size_are_refused(address):
+    assert upload(address, iter([b"x" * 1000] * 10)).code == 413
+
+
+def upload(address: str, body) -> urllib.error.HTTPError:
+    """How the page refuses an upload."""
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    request = urllib.request.Request(f"{address}/gradio_api/upload", data=body, headers=headers)
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(request, timeout=60)
-    assert refused.value.code == 413
+    return refused.value
+
+
+def test_many_mixed_requests_some_broken_off(server):
+    report = load.web(*server, number=60)
+    assert report["tried"] == report["held"], report["wrong"]
+    assert min(report["answered"], report[load.REFUSED], report[load.BROKEN_OFF]) > 0
+    assert report["growth"] < 1.1  # so early; `make reliability` holds it to 1.05
 
 
 @pytest.mark.parametrize("path", ["/etc/hostname", str(ROOT / "app.py"), "app.py", "../../../etc/hostname"])
