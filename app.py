@@ -113,7 +113,7 @@ class TimedStreamer(TextIteratorStreamer):
 
 def encode(picture: Image.Image) -> torch.Tensor:
     """The picture's latents [1, z, h, w]."""
-    pixel_values = processor.image_processor(picture, return_tensors="pt").pixel_values
+    pixel_values = processor(images=picture, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         return model.get_world_latents(pixel_values)
 

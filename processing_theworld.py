@@ -2,7 +2,7 @@
 """Text and images to TheWorld's inputs: one `<world>` in a prompt becomes the places of an image's world tokens."""
 
 # First: it names a transformers that lacks what follows.
-from .checks_theworld import TESTED  # noqa: F401 # isort: skip
+from .checks_theworld import check_text  # isort: skip
 
 import torch
 from jinja2 import TemplateError
@@ -133,11 +133,7 @@ class TheWorldProcessor(ProcessorMixin):
             TypeError, ValueError: If images and `<world>` differ in number, images come twice, or one cannot be read;
                 or if `text` is none.
         """
-        prompts = [text] if text is None or isinstance(text, str) else text
-        if not isinstance(prompts, list | tuple) or not all(isinstance(each, str | None) for each in prompts):
-            raise TypeError(f"`text` must be a string or a list of strings, got {type(text).__name__}: {text!r:.60}.")
-        if not prompts:
-            raise ValueError("`text` is an empty list. Give a prompt or more.")
+        check_text(text)
         if world_latents is None:
             return super().__call__(images=images, text=text, **kwargs)
         if images is not None:

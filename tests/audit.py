@@ -1,4 +1,4 @@
-"""Asks pip-audit about everything that is pinned (`make audit`): known vulnerabilities are an error, no answer is not."""
+"""Asks pip-audit about all that is pinned (`make audit`): a known vulnerability is an error, no answer is none."""
 
 import json
 import subprocess

@@ -68,7 +68,7 @@ def load(requests: list[Request], number: int, process: int) -> dict[str, Any]:
     patience = [chance.uniform(0, 1) if chance.random() < 0.2 else None for _ in chosen]
 
     def send(turn: int) -> str | None:
-        """What went wrong with a request."""
+        """What went wrong with a request; None if nothing did."""
         request = chosen[turn]
         try:
             answer = request.send(patience[turn])

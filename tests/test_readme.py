@@ -10,6 +10,7 @@ from bad_inputs import BAD_INPUTS
 from huggingface_hub import ModelCard
 from reliability import as_table as as_counts
 from test_demo import run_demo
+from test_hub import PINNED
 from test_run_it import RUN_IT
 from test_vllm import COMMAND as VLLM_COMMAND
 from transformers import AutoConfig, Gemma2Config
@@ -25,8 +26,8 @@ README = (ROOT / "README.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
-    """The README's snippets, but for those that test_run_it.py and test_vllm.py run."""
-    text = README.replace(RUN_IT, "") if language == "python" else README
+    """The README's snippets, but for those that test_run_it.py, test_vllm.py and test_hub.py run."""
+    text = README.replace(RUN_IT, "").replace(PINNED, "") if language == "python" else README
     return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
 
 
@@ -150,7 +151,23 @@ def test_the_reliability_is_that_of_a_run():
     table = as_counts(report)
     assert table == (ROOT / "results" / "reliability.md").read_text().strip() and table in README
     assert all(each["tried"] == each["held"] > 0 for each in report["counts"].values())
-    assert next(iter(report["counts"].values()))["tried"] == len(BAD_INPUTS)
+    bad_inputs, *_, web, vllm = report["counts"].values()
+    assert bad_inputs["tried"] == len(BAD_INPUTS) and web["tried"] == vllm["tried"] == 1000
+    assert all(each["growth"] < 1.05 and 100 < each["broken off"] < 300 for each in (web, vllm))
+    assert report["seconds"] < 15 * 60
+
+
+def test_the_limits_of_the_web_page_are_its_own():
+    app, card = (ROOT / "app.py").read_text(), " ".join(README.split())
+    for limit, said in {
+        "MAX_BYTES = 5_000_000": "A request may have 5 MB",
+        "Image.MAX_IMAGE_PIXELS = 2**24": "a picture 16 megapixels",
+        "MAX_CHARACTERS = 1000": "a question 1000 characters",
+        "MAX_SECONDS = 60": "an answer ends after 60 seconds",
+        "MAX_WAITING = 64": "64 may wait",
+        "KEPT_SECONDS = 3600": "gone after an hour",
+    }.items():
+        assert f"\n{limit}\n" in app and said in card
 
 
 def test_the_versions_are_those_of_the_package_and_the_tests():

@@ -1,5 +1,6 @@
 """Pins app.py (`make test-web`): in a browser, it answers about scenes and uploads, with world tokens and without."""
 
+import http.client
 import os
 import re
 import subprocess
@@ -198,25 +199,34 @@ def test_what_it_cannot_read_is_said(page):
     assert not page.answers("#with")
 
 
-@pytest.mark.parametrize(("number", "size"), [(1, 6_000_000), (100, 60_000)], ids=["one file", "a hundred"])
-def test_large_uploads_are_refused(address, number, size):
-    head = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
-    body = (head + bytes(size) + b"\r\n") * number + b"--b--\r\n"
-    refused = upload(address, body)
-    assert refused.code == 413 and b"A request may have 5,000,000 bytes." in refused.read()
+@pytest.mark.parametrize("header", [("Content-Length", "6000000"), ("Transfer-Encoding", "chunked")])
+def test_large_uploads_and_those_of_unknown_size_are_refused_before_they_are_read(address, header):
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)
+    connection.putrequest("POST", "/gradio_api/upload")
+    connection.putheader(*header)
+    connection.endheaders()
+    refused = connection.getresponse()
+    assert refused.status == 413 and refused.read() == b"A request may have 5,000,000 bytes."
 
 
-def test_uploads_of_unknown_size_are_refused(address):
-    assert upload(address, iter([b"x" * 1000] * 10)).code == 413
+def ask(address: str, picture: Path, *questions: str) -> str:
+    """What the page says instead of answering one of the questions of a conversation."""
+    from gradio_client import Client, handle_file
+    from gradio_client.exceptions import AppError
+
+    client = Client(address, verbose=False)
+    with pytest.raises(AppError) as refused:
+        for question in questions:
+            client.predict(handle_file(str(picture)), question, False, api_name="/ask")
+    return str(refused.value)
 
 
-def upload(address: str, body) -> urllib.error.HTTPError:
-    """How the page refuses an upload."""
-    headers = {"Content-Type": "multipart/form-data; boundary=b"}
-    request = urllib.request.Request(f"{address}/gradio_api/upload", data=body, headers=headers)
-    with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(request, timeout=60)
-    return refused.value
+def test_a_question_a_conversation_and_a_picture_have_limits(address, tmp_path):
+    small = ROOT / "assets" / "scene.png"
+    Image.new("1", (5000, 5000)).save(tmp_path / "large.png")
+    assert ask(address, small, "a" * 1001) == "Ask in 1000 characters; this has 1001."
+    assert re.match(r"The prompt has \d+ tokens, .* the model reads 4096", ask(address, small, *["a " * 499] * 12))
+    assert "must have 1 to 16,777,216 pixels, got 5000x5000" in ask(address, tmp_path / "large.png", "What is it?")
 
 
 def test_many_mixed_requests_some_broken_off(server):
