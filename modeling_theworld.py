@@ -184,6 +184,13 @@ class TheWorldPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _supports_attention_backend = True
 
+    @classmethod
+    def from_pretrained(cls, *args, use_safetensors: bool | None = None, **kwargs) -> PreTrainedModel:
+        """As transformers' own, but where there are no safetensors it reads no pickle, which could run anything."""
+        if use_safetensors is False:
+            raise ValueError("TheWorld reads safetensors only, got use_safetensors=False. Leave it out.")
+        return super().from_pretrained(*args, use_safetensors=True, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)

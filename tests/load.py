@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
+from tqdm import tqdm
 
 from recipe.scenes import SPLITS, draw_scene
 
@@ -82,9 +83,9 @@ def load(requests: list[Request], number: int, process: int) -> dict[str, Any]:
     counts = {"answered": 0, REFUSED: 0, BROKEN_OFF: 0}
     first = max(number // 10, len(requests))
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        wrong = list(pool.map(send, range(first)))
+        wrong = list(tqdm(pool.map(send, range(first)), "the first requests", first))
         before = settled(process)
-        wrong += pool.map(send, range(first, number))
+        wrong += tqdm(pool.map(send, range(first, number)), "all others", number - first)
     wrong = [each for each in wrong if each is not None]
     growth = settled(process) / before
     held = number - len(wrong)
@@ -102,17 +103,21 @@ def pictures_and_questions() -> list[tuple[Image.Image, str]]:
     return [(scene.image, question.text) for scene in scenes for question in scene.questions[:2]]
 
 
-def web(address: str, process: int, number: int) -> dict[str, Any]:
-    """Loads app.py: conversations of one turn and of two, with and without comparing, and what it refuses."""
+def web(address: str, process: int, number: int, folder: Path) -> dict[str, Any]:
+    """
+    Loads app.py: conversations of one turn and of two, with and without comparing, and what it refuses.
+
+    Pictures that go and come are written to `folder`.
+    """
     from gradio_client import Client, handle_file
     from gradio_client.exceptions import AppError
 
-    folder, own = Path(tempfile.mkdtemp()), threading.local()
+    own = threading.local()
 
     def conversation(picture: Path, questions: list[str], compare: bool) -> Callable:
         def send(seconds: float | None) -> Any:
             if not hasattr(own, "client"):
-                own.client = Client(address, verbose=False)
+                own.client = Client(address, verbose=False, download_files=str(folder))
             client = own.client
             client.reset_session()
             for question in questions:
@@ -179,16 +184,17 @@ def vllm(address: str, process: int, number: int) -> dict[str, Any]:
 
 
 def main(server: str, number: int) -> None:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         if server == "web":
             from test_web import serve
 
-            with serve(Path(folder)) as (address, process):
-                report = {**web(address, process, number), "version": f"gradio {version('gradio')}"}
+            with serve(folder) as (address, process):
+                report = {**web(address, process, number, folder), "version": f"gradio {version('gradio')}"}
         else:
             from test_vllm import serve
 
-            with serve(ROOT, Path(folder), "--dtype", "float32") as (address, process):
+            with serve(ROOT, folder, "--dtype", "float32") as (address, process):
                 report = {**vllm(address, process, number), "version": f"vLLM {version('vllm')}"}
     print(json.dumps(report))
 

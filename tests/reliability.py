@@ -1,9 +1,11 @@
 """
 Tries what should break TheWorld, and writes down what was tried and what held (`make reliability`).
 
-    python tests/reliability.py PYTHON_WITH_GRADIO PYTHON_WITH_VLLM
+    python tests/reliability.py bad_inputs
+    python tests/reliability.py web .venv-web/bin/python
 
-The tests try the same, at fewer moments.
+One part at a time, each with a Python that has its libraries; what was found of the others stays. The tests try the
+same, at fewer moments.
 """
 
 import json
@@ -17,10 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import diffusers
 import PIL
-import torch
-import transformers
 from bad_inputs import BAD_INPUTS, Given
 from load import AT_ONCE
 from test_determinism import THREADS, answer
@@ -37,15 +36,24 @@ from theworld import TheWorldForConditionalGeneration, TheWorldProcessor
 
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "results" / "reliability.json"
 KILLS = {"conversions": 200, "trainings": 110}
 QUESTIONS = 200
 REQUESTS = 1000
 
 
-def try_bad_inputs(folder: Path, files: Path) -> dict[str, int]:
-    """Each row of the table on a checkpoint in `folder`."""
-    model = TheWorldForConditionalGeneration.from_pretrained(folder).eval()
-    given = Given(model, TheWorldProcessor.from_pretrained(folder), files)
+def make_sources(folder: Path) -> tuple[Path, Path]:
+    return make_pipeline(folder / "vae"), make_gemma(folder / "gemma", TEXT_CONFIGS["gemma2"])
+
+
+def try_bad_inputs(folder: Path) -> dict[str, Any]:
+    """Each row of the table on a small checkpoint."""
+    vae, gemma = make_sources(folder)
+    options = ["--vae", str(vae), "--gemma", str(gemma), "--image-size", "64", "--dtype", "float32"]
+    if convert_weights.main([*options, "--output", str(folder / "checkpoint")]) != 0:
+        raise SystemExit(1)
+    model = TheWorldForConditionalGeneration.from_pretrained(folder / "checkpoint").eval()
+    given = Given(model, TheWorldProcessor.from_pretrained(folder / "checkpoint"), folder)
     held = 0
     for row in tqdm(BAD_INPUTS, desc="bad inputs"):
         try:
@@ -53,10 +61,22 @@ def try_bad_inputs(folder: Path, files: Path) -> dict[str, int]:
             held += 1
         except AssertionError as error:
             print(f"{row.name}: {error}")
-    return {"tried": len(BAD_INPUTS), "held": held}
+    return {"what": "bad inputs, read as meant or refused in words", "tried": len(BAD_INPUTS), "held": held}
 
 
-def try_threads() -> dict[str, int]:
+def try_conversions(folder: Path) -> dict[str, Any]:
+    report = kill("conversions", *make_sources(folder), folder / "converted" / "out", KILLS["conversions"])
+    what = "conversions killed, the old or the new folder whole"
+    return {"what": what, "tried": report["killed"], "held": report["survived"]}
+
+
+def try_trainings(folder: Path) -> dict[str, Any]:
+    data = write_conversations(folder / "data")
+    report = kill("trainings", ROOT, data, folder / "runs" / "run", KILLS["trainings"])
+    return {"what": "trainings killed, each checkpoint whole", "tried": report["killed"], "held": report["survived"]}
+
+
+def try_threads(folder: Path) -> dict[str, Any]:
     """Questions to the bundled model from many threads, against the answers that each gets alone."""
     model = AutoModel.from_pretrained(ROOT, trust_remote_code=True).eval()
     processor = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
@@ -66,63 +86,49 @@ def try_threads() -> dict[str, int]:
     alone = [answer(model, processor, each) for each in asked]
     with ThreadPoolExecutor(THREADS) as pool:
         together = list(pool.map(lambda each: answer(model, processor, each), asked))
-    return {"tried": QUESTIONS, "held": sum(one == other for one, other in zip(alone, together, strict=True))}
+    held = sum(one == other for one, other in zip(alone, together, strict=True))
+    return {"what": f"answers to {THREADS} threads that share a model, as alone", "tried": QUESTIONS, "held": held}
 
 
-def try_server(python: str, server: str) -> dict[str, Any]:
+def try_server(server: str, title: str, python: str) -> dict[str, Any]:
     """Loads a server, in the environment that has it."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "PYTHONWARNINGS": "ignore"}
     command = [python, ROOT / "tests" / "load.py", server, str(REQUESTS)]
     finished = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(finished.stdout.splitlines()[-1])
+    report = json.loads(finished.stdout.splitlines()[-1])
+    return {"what": f"requests to {title} ({report['version']}), {AT_ONCE} at once", **report}
 
 
-def as_table(report: dict) -> str:
+PARTS = {
+    "bad_inputs": try_bad_inputs,
+    "conversions": try_conversions,
+    "trainings": try_trainings,
+    "threads": try_threads,
+    "web": lambda folder, python: try_server("web", "the web page", python),
+    "vllm": lambda folder, python: try_server("vllm", "vLLM", python),
+}
+
+
+def as_table(report: dict[str, dict]) -> str:
     lines = ["| | tried | held | failed | memory at the end |", "|---|---|---|---|---|"]
-    for name, each in report["counts"].items():
+    for each in (report[part] for part in PARTS if part in report):
         memory = f"{each['growth']:.1%} of that after {each['first']}".replace("%", " %") if "growth" in each else ""
         failed = each["tried"] - each["held"]
-        lines.append(f"| {name} | {each['tried']:,} | {each['held']:,} | {failed:,} | {memory} |")
+        lines.append(f"| {each['what']} | {each['tried']:,} | {each['held']:,} | {failed:,} | {memory} |")
     return "\n".join(lines)
 
 
-def main(web_python: str, vllm_python: str) -> None:
+def main(part: str, *arguments: str) -> None:
     warnings.simplefilter("ignore")
     started = time.monotonic()
-    with TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        vae, gemma = make_pipeline(folder / "vae"), make_gemma(folder / "gemma", TEXT_CONFIGS["gemma2"])
-        source = ["--vae", str(vae), "--gemma", str(gemma), "--image-size", "64", "--dtype", "float32"]
-        if convert_weights.main([*source, "--output", str(folder / "checkpoint")]) != 0:
-            raise SystemExit(1)
-        (folder / "files").mkdir()
-        bad_inputs = try_bad_inputs(folder / "checkpoint", folder / "files")
-        conversions = kill("conversions", vae, gemma, folder / "converted" / "out", KILLS["conversions"])
-        trainings = kill(
-            "trainings", ROOT, write_conversations(folder / "data"), folder / "runs" / "run", KILLS["trainings"]
-        )
-    counts = {
-        "bad inputs, read as meant or refused in words": bad_inputs,
-        "conversions killed, the old or the new folder whole": survived(conversions),
-        "trainings killed, each checkpoint whole": survived(trainings),
-        f"answers to {THREADS} threads that share a model, as alone": try_threads(),
-        f"requests to the web page, {AT_ONCE} at once": try_server(web_python, "web"),
-        f"requests to vLLM, {AT_ONCE} at once": try_server(vllm_python, "vllm"),
-    }
-    report = {
-        "counts": counts,
-        "threads": THREADS,
-        "versions": {each.__name__: each.__version__ for each in (torch, transformers, diffusers, PIL)},
-        "machine": describe_machine(),
-        "seconds": round(time.monotonic() - started),
-    }
-    (ROOT / "results" / "reliability.json").write_text(json.dumps(report, indent=2) + "\n")
-    (ROOT / "results" / "reliability.md").write_text(as_table(report) + "\n")
+    with TemporaryDirectory() as folder:
+        found = PARTS[part](Path(folder), *arguments)
+    found |= {"seconds": round(time.monotonic() - started), "machine": describe_machine(), "PIL": PIL.__version__}
+    report = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    report[part] = found
+    RESULTS.write_text(json.dumps(report, indent=2) + "\n")
+    RESULTS.with_suffix(".md").write_text(as_table(report) + "\n")
     print(as_table(report))
-
-
-def survived(killed: dict[str, int]) -> dict[str, int]:
-    return {"tried": killed["killed"], "held": killed["survived"]}
 
 
 if __name__ == "__main__":

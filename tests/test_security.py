@@ -1,12 +1,16 @@
-"""Pins what loading does not do: reach for the network, or read elsewhere; and that versions are looked at."""
+"""Pins what loading does not do: reach for the network, unpickle, read elsewhere; and that versions are looked at."""
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel
 
 from conversations import existing
 from theworld import checks_theworld
@@ -42,6 +46,16 @@ def test_import_and_load_touch_no_network_and_run_the_models_files_alone(convert
     assert finished.returncode == 0, finished.stderr
     ran = set(finished.stdout.split())
     assert ran == ({path.stem for path in ROOT.glob("*_theworld.py")} if route == "remote code" else set())
+
+
+def test_a_pickle_is_not_read(convert, tmp_path):
+    folder = shutil.copytree(convert("gemma2"), tmp_path / "pickled")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="no file named model.safetensors"):
+        AutoModel.from_pretrained(folder, trust_remote_code=True)
+    with pytest.raises(ValueError, match="reads safetensors only, got use_safetensors=False"):
+        AutoModel.from_pretrained(folder, trust_remote_code=True, use_safetensors=False)
 
 
 @pytest.mark.parametrize("image", ["../secret.png", "/etc/hostname", "images/../../secret.png"])
