@@ -1,7 +1,6 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
 """Conversations about images to train on: loaded and checked, and made into batches whose labels are the answers."""
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,9 +47,9 @@ def load_conversations(name: str, split: str) -> Dataset:
 
 
 def existing(folder: Path, image: str) -> str:
-    """The path of an image in a dataset's folder; a dataset is not to read what lies elsewhere."""
-    path = Path(os.path.abspath(folder / image))
-    if not path.is_relative_to(os.path.abspath(folder)):
+    """The path of an image in a dataset's folder; a dataset is not to read what lies elsewhere, by links neither."""
+    path = (folder / image).resolve()
+    if not path.is_relative_to(folder.resolve()):
         raise ValueError(f"The image {image} is outside the dataset's folder {folder}. Put it there.")
     if not path.is_file():
         raise ValueError(f"The image {path} does not exist. Image paths are relative to the dataset's file or folder.")

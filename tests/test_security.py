@@ -58,10 +58,11 @@ def test_a_pickle_is_not_read(convert, tmp_path):
         AutoModel.from_pretrained(folder, trust_remote_code=True, use_safetensors=False)
 
 
-@pytest.mark.parametrize("image", ["../secret.png", "/etc/hostname", "images/../../secret.png"])
+@pytest.mark.parametrize("image", ["../secret.png", "/etc/hostname", "images/../../secret.png", "images/link.png"])
 def test_a_datasets_paths_stay_in_its_folder(tmp_path, image):
     (tmp_path / "secret.png").write_bytes(b"")
     (tmp_path / "data" / "images").mkdir(parents=True)
+    (tmp_path / "data" / "images" / "link.png").symlink_to(tmp_path / "secret.png")
     with pytest.raises(ValueError, match="is outside the dataset's folder .* Put it there"):
         existing(tmp_path / "data", image)
 
