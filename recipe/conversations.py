@@ -67,18 +67,20 @@ class RowMaker:
         answered = encoded["assistant_masks"][len(self.opening) : -1]
         return token_ids, [token if said else IGNORED for token, said in zip(token_ids, answered, strict=True)]
 
-    def block(self, token: str, things: Sequence[Thing], random: Random) -> Segment:
-        """The tokens of an image or a latent frame; each token's label is the colour or the shape of what it shows."""
+    def first_token(self, word: str) -> int:
+        return self.tokenizer(word, add_special_tokens=False).input_ids[0]
+
+    def block(self, token: str, words: Sequence[tuple[Thing, tuple[str, ...]]], random: Random) -> Segment:
+        """The tokens of an image or a latent frame; each token's label is one of the words for what it shows."""
         names = ["<start_of_world>", *[token] * self.grid**2, "<end_of_world>"]
         token_ids = self.tokenizer.convert_tokens_to_ids(names)
         labels = [IGNORED] * len(names)
         pixels = SIZE / self.grid
         for place in range(self.grid**2):
             x, y = (place % self.grid + 0.5) * pixels, (place // self.grid + 0.5) * pixels
-            for thing in things:
+            for thing, names in words:
                 if hypot(thing.x - x, thing.y - y) < thing.radius + pixels / 4:
-                    name = random.choice((thing.colour, thing.shape))
-                    labels[place + 2] = self.tokenizer.convert_tokens_to_ids(name)
+                    labels[place + 2] = self.first_token(random.choice(names))
         return Segment(token_ids, labels)
 
     def world(self, scene: Scene | Clip, random: Random) -> list[Segment]:
@@ -86,12 +88,19 @@ class RowMaker:
         if not self.grid:
             return []
         if isinstance(scene, Scene):
-            return [self.block("<world>", scene.things, random)]
+            words = [(thing, (thing.colour, thing.shape)) for thing in scene.things]
+            return [self.block("<world>", words, random)]
         segments = []
         for frame in range(0, NUM_FRAMES, FRAMES_A_LATENT):
             stamp = self.tokenizer(time_stamp(frame / FPS), add_special_tokens=False).input_ids
             segments.append(Segment(stamp, [IGNORED] * len(stamp)))
-            segments.append(self.block("<world_video>", scene.things_at(frame), random))
+            words = [(thing, (thing.colour, thing.shape)) for thing in scene.things_at(frame)]
+            if frame == NUM_FRAMES - 1:  # by now it shows how what moves has moved
+                words = [
+                    (thing, (*names, mover.pace) if any(mover.along) else names)
+                    for mover, (thing, names) in zip(scene.movers, words, strict=True)
+                ]
+            segments.append(self.block("<world_video>", words, random))
         return segments
 
     def row(self, scene: Scene | Clip, conversation: bool, random: Random) -> list[Segment]:

@@ -274,11 +274,11 @@ def draw_bars(scores: dict[str, dict[str, dict]], file: Path) -> None:
 
 def main() -> None:
     file = RESULTS / "evaluation.json"
-    before = json.loads(file.read_text()) if file.exists() else {"scores": {}, "weights": {}}
+    before = json.loads(file.read_text()) if file.exists() else {"scores": {}}
     scores, weights = evaluate(RECIPE)
     for name in COMPARED:
         if name not in scores and name in before["scores"]:
-            scores[name], weights[name] = before["scores"][name], before["weights"][name]
+            scores[name], weights[name] = before["scores"][name], before.get("weights", {}).get(name)
     length = Length()
     report = {
         "weights": weights,

@@ -150,12 +150,13 @@ def test_the_folder_is_a_complete_model_repo(checkpoint):
 def test_generation_config_is_gemmas_and_never_emits_world_tokens(checkpoint):
     generation_config = GenerationConfig.from_pretrained(checkpoint)
     assert generation_config.eos_token_id == [1, 18]
-    assert generation_config.suppress_tokens == [7, 8, 9]
+    assert generation_config.suppress_tokens == [7, 8, 9, 10]
 
 
 def test_unused_entries_become_the_world_tokens_and_nothing_else_changes(sources, checkpoint):
     before, after = AutoTokenizer.from_pretrained(sources / "gemma2"), AutoTokenizer.from_pretrained(checkpoint)
     renamed = {"<unused0>": "<world>", "<unused1>": "<start_of_world>", "<unused2>": "<end_of_world>"}
+    renamed["<unused3>"] = "<world_video>"
     expected = {renamed.get(token, token): index for token, index in before.get_vocab().items()}
     assert after.get_vocab() == expected and len(after) == len(before)
     text = "The world is in\nthe <start_of_turn> 1 é"
@@ -175,7 +176,7 @@ def test_without_unused_entries_rows_are_appended_at_the_mean(tmp_path, run):
     table = model.get_input_embeddings().weight
     source = load_file(gemma / "model.safetensors")["model.embed_tokens.weight"]
     assert processor.image_token_id == model.config.image_token_id == vocab_size
-    assert len(table) % 64 == 0 and len(table) - vocab_size >= 3
+    assert len(table) % 64 == 0 and len(table) - vocab_size >= 4
     assert torch.equal(table[:vocab_size], source)
     torch.testing.assert_close(table[vocab_size:], source.mean(0).expand(len(table) - vocab_size, -1))
     assert model.lm_head.weight is table

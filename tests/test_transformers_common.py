@@ -94,6 +94,7 @@ class CommonTests(suite.ModelTesterMixin, suite.GenerationTesterMixin):
     _is_composite = True
     # `last_hidden_state` holds latents [B, z, h, w], whose last axis is no hidden size.
     skip_test_image_features_output_shape = True
+    skip_test_video_features_output_shape = True
     text_config: dict
     world_config = VAE_FIELDS
 
@@ -102,12 +103,24 @@ class CommonTests(suite.ModelTesterMixin, suite.GenerationTesterMixin):
         with_images = "eager_matches_sdpa" not in self._testMethodName
         self.model_tester = TheWorldModelTester(self.text_config, self.world_config, with_images)
 
+    def _video_features_prepare_config_and_inputs(self):
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        return config, {"pixel_values_videos": inputs["pixel_values"].unsqueeze(1).repeat(1, 5, 1, 1, 1)}
+
     @unittest.skip("The world encoder is convolutional: it has no layers of hidden states to return.")
     def test_get_image_features_hidden_states(self):
         pass
 
     @unittest.skip("The world encoder is convolutional: it has no attentions to return.")
     def test_get_image_features_attentions(self):
+        pass
+
+    @unittest.skip("The world encoder is convolutional: it has no layers of hidden states to return.")
+    def test_get_video_features_hidden_states(self):
+        pass
+
+    @unittest.skip("The world encoder is convolutional: it has no attentions to return.")
+    def test_get_video_features_attentions(self):
         pass
 
 
