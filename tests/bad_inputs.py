@@ -742,6 +742,16 @@ VISION = [
         lambda g: g.with_vision.chat(text("<image_soft_token>")),
         TYPED.format("<image_soft_token>"),
     ),
+    Row(
+        "`<start_of_image>` in a chat's text",
+        lambda g: g.with_vision.chat(text("<start_of_image>")),
+        TYPED.format("<start_of_image>"),
+    ),
+    Row(
+        "`<end_of_image>` in a chat's text",
+        lambda g: g.with_vision.chat(text("a<end_of_image>")),
+        TYPED.format("<end_of_image>"),
+    ),
 ]
 
 
