@@ -18,6 +18,7 @@ os.environ |= {
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from tiny_sources import TEXT_CONFIGS, make_gemma, make_pipeline  # noqa: E402
 from transformers import AutoModel, AutoProcessor  # noqa: E402
@@ -39,6 +40,13 @@ def chat(processor, image: Image.Image, *turns: str):
     return processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
+
+
+@pytest.fixture(autouse=True)
+def compiler_that_remembers_nothing(request):
+    """What earlier tests compiled counts towards dynamo's limit, after which it compiles no more."""
+    if "compile" in request.node.name:
+        torch.compiler.reset()
 
 
 @pytest.fixture(scope="session")
