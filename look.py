@@ -24,22 +24,25 @@ def attention_to_world(model: PreTrainedModel, inputs: Mapping) -> torch.Tensor:
 
     Args:
         model: A TheWorld checkpoint; Gemma's attention becomes "eager", which alone gives weights.
-        inputs: `input_ids` of one prompt, and `world_latents` [1, z, h, w] of its image or `world_latents_videos`
+        inputs: The model's for one prompt, with `world_latents` [1, z, h, w] of its image or `world_latents_videos`
             [1, 1 + k, z, h, w] of its video.
 
     Returns:
         [h / merge, w / merge], the mean over the heads of the layers that see the whole prompt, and for a video the
         sum over its latent frames.
     """
-    input_ids = inputs["input_ids"]
-    latents = {name: inputs[name] for name in ("world_latents", "world_latents_videos") if name in inputs}
-    read = model(input_ids=input_ids[:, :-1], **latents, use_cache=True, logits_to_keep=1)
+    inputs = dict(inputs)
+    input_ids, _ = inputs.pop("input_ids"), inputs.pop("attention_mask", None)
+    if "token_type_ids" in inputs:
+        inputs["token_type_ids"] = inputs["token_type_ids"][:, :-1]
+    read = model(input_ids=input_ids[:, :-1], **inputs, use_cache=True, logits_to_keep=1)
     model.set_attn_implementation({"text_config": "eager"})
     last = model(input_ids=input_ids[:, -1:], past_key_values=read.past_key_values, output_attentions=True)
     whole = [layer for layer in last.attentions if layer.shape[-1] == input_ids.shape[1]]
     weights = torch.stack(whole).mean(dim=(0, 2, 3))[0]
     of_world = (input_ids[0] == model.config.image_token_id) | (input_ids[0] == model.config.video_token_id)
-    height, width = next(iter(latents.values())).shape[-2:]
+    latents = inputs.get("world_latents", inputs.get("world_latents_videos"))
+    height, width = latents.shape[-2:]
     merge = model.config.latent_merge_size
     return weights[of_world].view(-1, height // merge, width // merge).sum(0).float()
 

@@ -307,14 +307,12 @@ class TheWorldModel(TheWorldPreTrainedModel):
                     )
                 encoded = getattr(self, stream.inputs[name])(inputs[name], return_dict=True)
             if encoded is not None:
-                if stream.token_id(self.config) is None:
+                if stream not in self.streams:
                     raise ValueError(
-                        f"A {stream.item} came, but this model has no `{stream.name}_token_id`, so no place for it. "
-                        "Convert its sources again with convert_weights.py."
+                        f"{stream.kind} tokens of {stream.item}s came, but this model has no places for them: no "
+                        f"`{stream.name}_token_id`. Convert its sources again with convert_weights.py."
                     )
                 tokens[stream.name] = encoded.pooler_output
-                if stream not in self.streams:
-                    raise ValueError(f"{stream.kind} tokens of an image came, but this model has no places for them.")
         return tokens
 
     @property

@@ -48,9 +48,9 @@ class Mover:
     along: tuple[float, float] = (0.0, 0.0)
     pace: str = "neither"
 
-    def at(self, time: float) -> Thing:
-        """The thing at a time from 0 to 1."""
-        left = 1 - PACES[self.pace](time)
+    def at(self, frame: int) -> Thing:
+        """The thing in a frame."""
+        left = 1 - PACES[self.pace](frame / (NUM_FRAMES - 1))
         return replace(self.thing, x=self.thing.x - left * self.along[0], y=self.thing.y - left * self.along[1])
 
 
@@ -61,7 +61,7 @@ class Clip:
     canvas_seed: int
 
     def things_at(self, frame: int) -> tuple[Thing, ...]:
-        return tuple(mover.at(frame / (NUM_FRAMES - 1)) for mover in self.movers)
+        return tuple(mover.at(frame) for mover in self.movers)
 
     @property
     def frames(self) -> tuple[Image.Image, ...]:
@@ -78,7 +78,7 @@ class Clip:
 def fits(movers: Sequence[Mover]) -> bool:
     """Whether things stay inside the picture and apart from each other all the time."""
     for frame in range(NUM_FRAMES):
-        things = [mover.at(frame / (NUM_FRAMES - 1)) for mover in movers]
+        things = [mover.at(frame) for mover in movers]
         for number, thing in enumerate(things):
             reach = thing.radius * 1.25 + GAP
             if not all(reach <= place <= SIZE - reach for place in (thing.x, thing.y)):

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from theworld.processing_theworld import time_stamp
 
-from .clips import FPS, FRAMES_A_LATENT, NUM_FRAMES, Clip
+from .clips import FPS, FRAMES_A_LATENT, NUM_FRAMES, Clip, Mover
 from .scenes import SIZE, Question, Scene, Thing
 
 
@@ -27,6 +27,8 @@ CHAT_TEMPLATE = (Path(__file__).parents[1] / "chat_template.jinja").read_text()
 IGNORED = -100
 QUESTIONS_PER_ROW = 8
 CONVERSATION_SHARE = 0.1
+# How far a thing has moved is told in steps, with one digit.
+PIXELS_A_STEP = 1.5
 
 
 @dataclass
@@ -83,6 +85,13 @@ class RowMaker:
                     labels[place + 2] = self.first_token(random.choice(names))
         return Segment(token_ids, labels)
 
+    def motion(self, mover: Mover, frame: int) -> tuple[str, ...]:
+        """What a latent frame shows of how a thing moves: how far since the one before, and at last its pace."""
+        if frame == 0 or not any(mover.along):
+            return ()
+        steps = round(mover.at(frame).distance(mover.at(frame - FRAMES_A_LATENT)) / PIXELS_A_STEP)
+        return (str(steps), mover.pace) if frame == NUM_FRAMES - 1 else (str(steps),)
+
     def world(self, scene: Scene | Clip, random: Random) -> list[Segment]:
         """What stands for an image, or for a clip: the time of each latent frame, and its tokens."""
         if not self.grid:
@@ -94,12 +103,10 @@ class RowMaker:
         for frame in range(0, NUM_FRAMES, FRAMES_A_LATENT):
             stamp = self.tokenizer(time_stamp(frame / FPS), add_special_tokens=False).input_ids
             segments.append(Segment(stamp, [IGNORED] * len(stamp)))
-            words = [(thing, (thing.colour, thing.shape)) for thing in scene.things_at(frame)]
-            if frame == NUM_FRAMES - 1:  # by now it shows how what moves has moved
-                words = [
-                    (thing, (*names, mover.pace) if any(mover.along) else names)
-                    for mover, (thing, names) in zip(scene.movers, words, strict=True)
-                ]
+            words = [
+                (mover.at(frame), (mover.thing.colour, mover.thing.shape, *self.motion(mover, frame)))
+                for mover in scene.movers
+            ]
             segments.append(self.block("<world_video>", words, random))
         return segments
 

@@ -43,6 +43,13 @@ def chat(processor, image: Image.Image, *turns: str):
     )
 
 
+@pytest.fixture(autouse=True)
+def compiler_that_remembers_nothing(request):
+    """What earlier tests compiled counts towards dynamo's limit, after which it compiles no more."""
+    if "compile" in request.node.name:
+        torch.compiler.reset()
+
+
 @pytest.fixture(scope="session")
 def sources(tmp_path_factory) -> Path:
     """A folder with `pipeline` (a diffusers pipeline that has a `vae`) and a Gemma of each family."""
@@ -90,12 +97,6 @@ def convert_whole(sources, gemma_folder, tmp_path_factory):
         return folder
 
     return run
-
-
-@pytest.fixture
-def nothing_compiled():
-    """What earlier tests compiled is forgotten; there is a limit to how often one function is compiled anew."""
-    torch.compiler.reset()
 
 
 @pytest.fixture(scope="session", params=list(TEXT_CONFIGS))

@@ -158,7 +158,6 @@ def test_a_static_cache_gives_the_same_answer(model, inputs):
     assert torch.equal(generate(model, inputs), static)
 
 
-@pytest.mark.usefixtures("nothing_compiled")
 def test_decoding_compiles_whole_and_gives_the_same_answer(model, inputs):
     expected = generate(model, inputs)
     decode = torch.compile(model.forward, fullgraph=True, backend="eager")
@@ -458,7 +457,6 @@ def test_a_missing_norm_is_initialised_not_left_as_memory_was(tmp_path):
             assert torch.equal(parameter, torch.ones_like(parameter)), name
 
 
-@pytest.mark.usefixtures("nothing_compiled")
 def test_fullgraph_compilation_of_the_encoder_gives_the_same_latents():
     model = make_model()
     images = torch.rand(1, 3, 16, 16)
@@ -467,7 +465,6 @@ def test_fullgraph_compilation_of_the_encoder_gives_the_same_latents():
         torch.testing.assert_close(compiled(images), model.model.world_encoder(images), **FLOAT32_TOLERANCE)
 
 
-@pytest.mark.usefixtures("nothing_compiled")
 def test_fullgraph_compilation_of_the_model_gives_the_same_logits(model, inputs):
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True, backend="eager")

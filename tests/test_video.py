@@ -179,7 +179,9 @@ def test_a_checkpoint_from_before_videos_says_so(model, processor):
     """Converted when there were three tokens: it has no `video_token_id`, and its tokenizer no `<world_video>`."""
     inputs = ask(processor, frames(5))
     model.config.video_token_id = None
-    with pytest.raises(ValueError, match="no `video_token_id`, so no place for it"):
+    with pytest.raises(
+        ValueError, match="tokens of videos came, but this model has no places for them: no `video_token_id`"
+    ):
         model(**inputs)
     assert TheWorldConfig().video_token_id is None
     processor.video_token_id = None

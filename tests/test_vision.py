@@ -407,7 +407,7 @@ def test_a_model_without_vision_says_so(convert):
         processor(text="<world>", images=photos(1), do_pan_and_scan=True)
     inputs = processor(text=f"<world>{QUESTION}", images=photos(1), return_tensors="pt")
     encoded = {"vision": BaseModelOutputWithPooling(pooler_output=torch.zeros(1, 64, 64))}
-    with pytest.raises(ValueError, match="Gemma's own tokens of an image came, but this model has no places"):
+    with pytest.raises(ValueError, match="Gemma's own tokens of images came, but this model has no places"):
         model(**inputs, mm_encoder_outputs=encoded)
 
 
@@ -427,10 +427,12 @@ def test_the_trainer_says_that_it_reads_world_tokens_alone(processor):
         ConversationCollator(processor)
 
 
-def test_the_demo_says_that_it_reads_world_tokens_alone(checkpoint):
+def test_the_demo_shows_both_streams(checkpoint, tmp_path):
     arguments = [sys.executable, "demo.py", "assets/scene.png", "what is it?", "--model", str(checkpoint)]
+    arguments += ["--save", str(tmp_path / "demo.png")]
     output = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
-    assert output.returncode != 0 and "Gemma 3's tower reads no latents" in output.stderr
+    assert output.returncode == 0, output.stderr
+    assert "<end_of_world>\\n\\n<start_of_image>" in output.stdout and (tmp_path / "demo.png").is_file()
 
 
 @torch.no_grad()
