@@ -167,7 +167,8 @@ first_picture, first_right = draw(SPLITS["test"][0])  # the scene of assets/scen
 with gr.Blocks(title="TheWorld") as page:
     gr.Markdown(
         "# TheWorld\nGemma reads pictures through the VAE encoder of the Cosmos world models. This small model was "
-        "trained on drawn scenes and nine kinds of questions about them, and knows nothing else."
+        "trained on drawn scenes and nine kinds of questions about them, and knows nothing else. Clips it reads in "
+        "`demo.py` alone: of an animation, this page takes the first frame."
     )
     talk, right = gr.State(Conversation()), gr.State(first_right)
     with gr.Row():
