@@ -212,7 +212,8 @@ first_picture, first_right = draw(SPLITS["test"][0])  # the scene of assets/scen
 with gr.Blocks(title="TheWorld", delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as page:
     gr.Markdown(
         "# TheWorld\nGemma reads pictures through the VAE encoder of the Cosmos world models. This small model was "
-        "trained on drawn scenes and nine kinds of questions about them, and knows nothing else."
+        "trained on drawn scenes and nine kinds of questions about them, and knows nothing else. Clips it reads in "
+        "`demo.py` alone: of an animation, this page takes the first frame."
     )
     talk = gr.State(Conversation(), time_to_live=KEPT_SECONDS)
     right = gr.State(first_right, time_to_live=KEPT_SECONDS)

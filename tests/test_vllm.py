@@ -229,6 +229,18 @@ def test_a_bad_image_is_the_callers_error_and_the_server_goes_on(address, theirs
     assert ours(address, message) == theirs(message)
 
 
+def test_a_video_is_the_callers_error(address, theirs, scenes):
+    import openai
+
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+    url = "data:video/mp4;base64,bm90IGEgdmlkZW8="
+    content = [{"type": "video_url", "video_url": {"url": url}}, {"type": "text", "text": "What is it?"}]
+    with pytest.raises(openai.BadRequestError, match="video"):
+        client.chat.completions.create(model=".", messages=[{"role": "user", "content": content}])
+    message = [scenes[0].image, scenes[0].questions[0].text]
+    assert ours(address, message) == theirs(message)
+
+
 def test_many_mixed_requests_some_broken_off(server):
     report = load.vllm(*server, number=150)
     assert report["tried"] == report["held"], report["wrong"]

@@ -199,6 +199,16 @@ def test_what_it_cannot_read_is_said(page):
     assert not page.answers("#with")
 
 
+def test_of_a_clip_it_takes_the_first_frame_and_says_so(page):
+    assert "of an animation, this page takes the first frame" in page.find("body").text
+    page.find("#picture button[aria-label*='emove']").click()
+    upload = wait_for(lambda: page.find("#picture input[type=file]"), "the upload")
+    upload.send_keys(str(ROOT / "assets" / "clip.png"))
+    wait_for(lambda: not page.own_questions(), "the picture")
+    wait_for(lambda: page.find("#picture img"), "the picture")
+    assert page.ask("What shape is the yellow object?")[0] == "triangle"
+
+
 @pytest.mark.parametrize("header", [("Content-Length", "6000000"), ("Transfer-Encoding", "chunked")])
 def test_large_uploads_and_those_of_unknown_size_are_refused_before_they_are_read(address, header):
     connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)
