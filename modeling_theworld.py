@@ -207,7 +207,8 @@ class TheWorldModel(TheWorldPreTrainedModel):
         self, world_latents: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple | BaseModelOutputWithPooling:
         """As `get_image_features` or `get_video_features`, from latents that `get_world_latents` returned."""
-        tokens = self.world_projection(world_latents.flatten(0, -4))  # the frames of all videos
+        frames = world_latents.flatten(0, 1) if world_latents.dim() == 5 else world_latents  # those of all videos
+        tokens = self.world_projection(frames)
         return BaseModelOutputWithPooling(
             last_hidden_state=world_latents, pooler_output=tokens.reshape(len(world_latents), -1, tokens.shape[-1])
         )
@@ -273,7 +274,8 @@ class TheWorldModel(TheWorldPreTrainedModel):
                 forms = " or as ".join(f"`{form}`" for form in (*stream.inputs, "mm_encoder_outputs"))
                 raise ValueError(f"Give the {stream.item}s once: as {forms}.")
             for name in came:
-                if inputs[name].dim() != stream.ndim:
+                # An image for a video, or the reverse; what else may be wrong is for the method to say.
+                if inputs[name].dim() in {other.ndim for other in STREAMS} - {stream.ndim}:
                     raise ValueError(
                         f"`{name}` must have {stream.ndim} dimensions, got {list(inputs[name].shape)}. "
                         "TheWorldProcessor makes it: of `images` with 4, of `videos` with 5."
@@ -624,8 +626,8 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
             places, places_per_image = mask.sum((1, 2)), features.shape[1]
             if (places % places_per_image).any():
                 raise ValueError(
-                    f"The {places_per_image} `{stream.token}` places of one {stream.item} must be in one prompt, but "
-                    f"the prompts have {places.tolist()}."
+                    f"Each {stream.item}'s {places_per_image} `{stream.token}` places must be in one prompt, but the "
+                    f"prompts have {places.tolist()}."
                 )
             by_prompt = features.split((places // places_per_image).tolist())
             repeated = torch.cat([images.repeat(times, 1, 1) for images in by_prompt])
