@@ -17,7 +17,7 @@ def write_scenes(file: Path, per_kind: int = 20) -> None:
     """One row a question: `image`, `question`, `answer` and `kind`."""
     cases = held_out_cases(per_kind)
     columns = {
-        "image": [case.image for case in cases],
+        "image": [case.seen for case in cases],
         "question": [case.question.text for case in cases],
         "answer": [case.question.answer for case in cases],
         "kind": [case.question.kind for case in cases],

@@ -46,7 +46,7 @@ class Length:
     fine_tune: int = 2000
     motion: int = 500
     clips: int = 6000
-    watch: int = 7100
+    watch: int = 9800
 
     @property
     def all_scenes(self) -> int:

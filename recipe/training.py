@@ -18,7 +18,7 @@ from transformers import get_wsd_schedule
 
 
 LOG_EVERY = 50
-SAVE_EVERY = 250
+SAVE_EVERY = 500
 
 
 class Batches(Dataset):
