@@ -273,6 +273,7 @@ def build_processor(
         patch_size=config.patch_size,
         image_seq_length=config.world_config.z_dim if config.token_layout == "channel" else None,
         compression_ratio=config.world_config.spatial_compression_ratio,
+        temporal_compression_ratio=config.world_config.temporal_compression_ratio,
         vision_settings=vision_settings,
         vision_seq_length=config.mm_tokens_per_image,
         world_first=config.world_first,

@@ -166,6 +166,16 @@ def test_unused_entries_become_the_world_tokens_and_nothing_else_changes(sources
     assert after.decode([2, a, 7, 9], skip_special_tokens=True) == "a"
 
 
+def test_the_processor_fills_videos_up_to_what_the_encoder_takes(tmp_path, run):
+    vae = make_vae(tmp_path / "vae", temperal_downsample=[False, True, False])
+    assert run(vae=vae)[0] == 0
+    model = AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    inputs = processor(text="<world_video>", videos=torch.zeros(4, 64, 64, 3, dtype=torch.uint8), return_tensors="pt")
+    assert inputs["pixel_values_videos"].shape[1] == 5
+    assert model(**inputs.to(model.dtype)).video_hidden_states.shape[1] == 3 * 64
+
+
 def test_without_unused_entries_rows_are_appended_at_the_mean(tmp_path, run):
     vocab_size = len(make_tokenizer(num_unused=0))
     config = Gemma2Config(**{**TEXT_CONFIGS["gemma2"].to_dict(), "vocab_size": vocab_size})

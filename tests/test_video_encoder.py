@@ -240,16 +240,19 @@ from theworld import TheWorldEncoderConfig
 from theworld.encoder_theworld import TheWorldEncoder
 torch.set_num_threads(1)
 encoder = TheWorldEncoder(TheWorldEncoderConfig(base_dim=64, num_res_blocks=1)).eval().requires_grad_(False)
-for num_frames in (33, 33, 65):  # two chunks after the first frame, and four; the second call finds freed memory
+for num_frames in (33, 65):  # two chunks after the first frame, and four
     encoder(torch.zeros(1, num_frames, 3, 128, 128))
     print(memory("VmHWM") / 1e6)
 """
 )
 
 
-def test_memory_does_not_grow_with_the_number_of_frames():
-    _, with_33, with_65 = map(float, run_fresh(PEAK).split())
-    assert with_65 < 1.05 * with_33
+def test_memory_does_not_grow_with_the_number_of_frames(monkeypatch):
+    monkeypatch.setenv(
+        "MALLOC_MMAP_THRESHOLD_", "65536"
+    )  # so that what is freed is given back, and the peak is of use
+    with_33, with_65 = map(float, run_fresh(PEAK).split())
+    assert with_65 < with_33 + 10  # MB, of which 6 are the longer input
 
 
 @torch.no_grad()
