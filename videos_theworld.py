@@ -118,8 +118,10 @@ def read_video(video: Any, fps: float, metadata: Mapping | None = None) -> tuple
         )
         return frames, times_of(len(frames), fps)
     if isinstance(video, Image.Image):
-        frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(video)]
-        lasts = [frame.info.get("duration", 100) / 1000 for frame in ImageSequence.Iterator(video)]
+        frames, lasts = [], []
+        for frame in ImageSequence.Iterator(video):
+            frames.append(frame.convert("RGB"))
+            lasts.append(frame.info.get("duration", 100) / 1000)
         begins = torch.tensor([0.0, *lasts[:-1]], dtype=torch.float64).cumsum(0)
     else:
         frames, begins = video, times_of(len(video), own_fps)
