@@ -281,8 +281,7 @@ class TheWorldProcessor(ProcessorMixin):
             height, width = image_inputs["pixel_values"][image_idx].shape[-2:]
         else:
             height, width = (self.compression_ratio * side for side in image_inputs["world_latents"].shape[-2:])
-        num_tokens = self._num_world_tokens(height, width)
-        return self.start_of_world_token + self.image_token * num_tokens + self.end_of_world_token
+        return self._places(self.image_token, height, width)
 
     def _process_images(
         self, images: ImageInput, encoded: bool = False, world: bool = True, vision: bool | None = None, **kwargs
@@ -349,8 +348,7 @@ class TheWorldProcessor(ProcessorMixin):
             frames, times = read_video(video, fps, known, kwargs.get("input_data_format"))
             frames, times = fill_up(frames, times, self.temporal_compression_ratio)
             pixel_values.append(self.image_processor(frames, **kwargs)["pixel_values"])
-            num_tokens = self._num_world_tokens(*pixel_values[-1].shape[-2:])
-            places = self.start_of_world_token + self.video_token * num_tokens + self.end_of_world_token
+            places = self._places(self.video_token, *pixel_values[-1].shape[-2:])
             texts.append("".join(time_stamp(time) + places for time in times[:: self.temporal_compression_ratio]))
         shapes = [list(frames.shape) for frames in pixel_values]
         if any(shape != shapes[0] for shape in shapes):
@@ -359,6 +357,10 @@ class TheWorldProcessor(ProcessorMixin):
                 f"{shapes} at {fps} frames a second. Give them one by one, or cut them to one length."
             )
         return {"pixel_values_videos": torch.stack(pixel_values)}, texts
+
+    def _places(self, token: str, height: int, width: int) -> str:
+        """A `token` for each world token of `height` x `width` pixels, between the start and end tokens."""
+        return self.start_of_world_token + token * self._num_world_tokens(height, width) + self.end_of_world_token
 
     def _num_world_tokens(self, height: int, width: int) -> int:
         """World tokens of an image of `height` x `width` pixels as the model gets it."""

@@ -37,14 +37,17 @@ class Trainee:
         return self.model, self.processor
 
 
-def cache_latents(checkpoint: Path, num_scenes: int, file: Path) -> None:
-    """Writes the latents of the first training scenes, as the projection reads them: float32 [scenes, 16, 8, 8]."""
-    trainee = Trainee(checkpoint)
+def cache_latents(checkpoint: Path, pixels_of: Callable[[range], torch.Tensor], number: int, file: Path) -> None:
+    """
+    Writes latents as the projection reads them, float32 [number, .., 16, 8, 8].
+
+    `pixels_of` makes the pixels of scenes or of clips from their seeds, the first `number` of those for training.
+    """
+    model = Trainee(checkpoint).model
     latents = []
-    for start in tqdm(range(0, num_scenes, 100), desc="latents", unit="00 scenes"):
-        pixel_values = trainee.pixel_values([draw_scene(seed) for seed in SPLITS["train"][start : start + 100]])
+    for start in tqdm(range(0, number, 20), desc=file.stem, unit="20"):
         with torch.no_grad():
-            latents.append(trainee.model.get_world_latents(pixel_values))
+            latents.append(model.get_world_latents(pixels_of(SPLITS["train"][start : min(start + 20, number)])))
     save_file({"latents": torch.cat(latents).contiguous()}, unfinished := file.with_suffix(".unfinished"))
     unfinished.rename(file)
 

@@ -92,15 +92,15 @@ def train_all(folder: Path, length: Length) -> None:
 
     vae_folder = result("vae", lambda run: vae.train_vae(run, length.vae))
     gemma_folder = result("gemma", lambda run: gemma.train_gemma(run, length.gemma))
-    cache = cached("latents", lambda file: align.cache_latents(joined(1), length.scenes, file))
+    cache = cached("latents", lambda file: align.cache_latents(joined(1), vae.pixels_of, length.scenes, file))
     frozen = result("theworld-frozen", lambda run: align.align(joined(1), cache, run, length.align))
     tuned = result("theworld-images", lambda run: align.fine_tune(frozen, length.scenes, run, length.fine_tune))
     result("theworld-merged", lambda run: align.align(joined(2), cache, run, length.align))
 
     motion = result("motion", lambda run: watch.see_motion(tuned, run, length.motion))
     # The encoder is no longer the one whose latents were cached.
-    scenes = cached("latents-scenes", lambda file: align.cache_latents(motion, 2 * length.clips, file))
-    clips = cached("latents-clips", lambda file: watch.cache_clips(motion, length.clips, file))
+    scenes = cached("latents-scenes", lambda file: align.cache_latents(motion, vae.pixels_of, 2 * length.clips, file))
+    clips = cached("latents-clips", lambda file: align.cache_latents(motion, watch.frames_of, length.clips, file))
     result("theworld", lambda run: watch.watch(motion, scenes, clips, run, length.watch))
 
 

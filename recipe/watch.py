@@ -7,17 +7,16 @@ from random import Random
 import numpy as np
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
-from tqdm import tqdm
 
 from theworld.encoder_theworld import TheWorldEncoder
 
 from . import align
 from .align import Trainee
-from .clips import FRAMES_A_LATENT, Clip, make_clip
+from .clips import FRAMES_A_LATENT, make_clip
 from .scenes import SPLITS, draw_scene
 from .training import train
 
@@ -28,9 +27,9 @@ DRIFT_WEIGHT = 0.1
 SCENE_SHARE = 0.4  # of the batches of the last stage
 
 
-def frames_of(clips: list[Clip]) -> torch.Tensor:
+def frames_of(seeds: range) -> torch.Tensor:
     """Clips as float32 [B, T, 3, 64, 64] in [-1, 1], the numbers that the processor makes of them."""
-    frames = np.stack([np.stack([np.asarray(frame) for frame in clip.frames]) for clip in clips])
+    frames = np.stack([np.stack([np.asarray(frame) for frame in make_clip(seed).frames]) for seed in seeds])
     return torch.from_numpy(frames).permute(0, 1, 4, 2, 3) / 127.5 - 1
 
 
@@ -100,25 +99,12 @@ def see_motion(checkpoint: Path, run: Path, steps: int) -> tuple:
         conv.parametrizations.weight.original.requires_grad_(True)
 
     def make_batch(step: int) -> dict[str, torch.Tensor]:
-        seeds = SPLITS["train"][step * BATCH_SIZE : (step + 1) * BATCH_SIZE]
-        return {"frames": frames_of([make_clip(seed) for seed in seeds])}
+        return {"frames": frames_of(SPLITS["train"][step * BATCH_SIZE : (step + 1) * BATCH_SIZE])}
 
     train(playback, make_batch, steps, align.LEARNING_RATE, run)
     for conv in convs:
         parametrize.remove_parametrizations(conv, "weight")
     return trainee.model, trainee.processor
-
-
-def cache_clips(checkpoint: Path, num_clips: int, file: Path) -> None:
-    """Writes the latents of the first training clips, as the projection reads them: float32 [clips, 3, 16, 8, 8]."""
-    model = Trainee(checkpoint).model
-    latents = []
-    for start in tqdm(range(0, num_clips, 20), desc="latents", unit="20 clips"):
-        clips = [make_clip(seed) for seed in SPLITS["train"][start : start + 20]]
-        with torch.no_grad():
-            latents.append(model.get_world_latents(frames_of(clips)))
-    save_file({"latents": torch.cat(latents).contiguous()}, unfinished := file.with_suffix(".unfinished"))
-    unfinished.rename(file)
 
 
 def watch(checkpoint: Path, scene_cache: Path, clip_cache: Path, run: Path, steps: int) -> tuple:
