@@ -2,7 +2,7 @@
 """TheWorld as an installed package: importing it registers the classes, so that no remote code is needed."""
 
 # First: it names a transformers that lacks what follows.
-from .checks_theworld import TESTED  # noqa: F401 # isort: skip
+from .versions_theworld import TESTED  # noqa: F401 # isort: skip
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 

@@ -5,13 +5,14 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from theworld import TheWorldConfig, TheWorldForConditionalGeneration, TheWorldProcessor
-from theworld.folders import SUMS, check_sums
+from theworld.folders import check_sums
 
 
 # What Python unpickles, which can run anything.
@@ -124,27 +125,17 @@ def verify(folder: Path, sources: dict[str, Callable[[], torch.Tensor]] | None =
         ValueError: For the first thing that is not right.
     """
     files = check_sums(folder)
-    unlisted = {path.name for path in folder.glob("*.safetensors")} - {
-        line.partition("  ")[2] for line in (folder / SUMS).read_text().splitlines()
-    }
-    foreign = sorted(unlisted | {path.name for path in folder.iterdir() if path.suffix in PICKLED})
+    weights = (path.name for path in folder.iterdir() if path.suffix in (".safetensors", *PICKLED))
+    foreign = sorted(name for name in weights if name not in files)
     if foreign:
         raise CheckpointError(f"{folder} holds {foreign[0]}, which nothing here wrote. Take it away.")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json. Of an adapter, merge it into its model, and verify that.")
     try:
         config = TheWorldConfig.from_pretrained(folder)
     except StrictDataclassError as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
-    processor = TheWorldProcessor.from_pretrained(folder)
-    vocabulary = processor.tokenizer.get_vocab()
-    ids = [vocabulary.get(token) for token in processor.world_tokens]
-    expected_ids = (config.image_token_id, config.start_of_world_token_id, config.end_of_world_token_id)
-    if ids != [*expected_ids, config.video_token_id]:
-        raise CheckpointError(f"{folder}: the tokenizer's world tokens are {ids}, and not those of config.json.")
-    if processor.patch_size != config.patch_size:
-        raise CheckpointError(
-            f"{folder}: the processor counts a token for {processor.patch_size} pixels a side, the model for "
-            f"{config.patch_size}."
-        )
+    check_processor(TheWorldProcessor.from_pretrained(folder), config)
 
     with torch.device("meta"):
         model = TheWorldForConditionalGeneration(config)
@@ -165,11 +156,49 @@ def verify(folder: Path, sources: dict[str, Callable[[], torch.Tensor]] | None =
                 f"Tensor {name!r} differs from its source's. It was trained, or is of another model."
             )
     return Verification(
-        files=files,
+        files=len(files),
         parameters=sum(torch.Size(shape).numel() for shape in checkpoint.shapes.values()),
         dtype=str(config.dtype).removeprefix("torch."),
         compared=len(sources or ()),
     )
+
+
+def processor_fields(config: TheWorldConfig) -> dict[str, Any]:
+    """What a processor has of its model's config."""
+    return {
+        "patch_size": config.patch_size,
+        "image_seq_length": config.world_config.z_dim if config.token_layout == "channel" else None,
+        "compression_ratio": config.world_config.spatial_compression_ratio,
+        "temporal_compression_ratio": config.world_config.temporal_compression_ratio,
+        "vision_seq_length": config.mm_tokens_per_image,
+        "world_first": config.world_first,
+    }
+
+
+def check_processor(processor: TheWorldProcessor, config: TheWorldConfig) -> None:
+    """Raises a `CheckpointError` unless a processor makes the tokens that the config's model reads."""
+    expected_ids = {
+        processor.image_token: config.image_token_id,
+        processor.start_of_world_token: config.start_of_world_token_id,
+        processor.end_of_world_token: config.end_of_world_token_id,
+        processor.video_token: config.video_token_id,
+    }
+    tokenizer = processor.tokenizer
+    if config.vision_config is not None:
+        expected_ids |= {
+            tokenizer.image_token: config.vision_token_id,
+            tokenizer.boi_token: config.boi_token_id,
+            tokenizer.eoi_token: config.eoi_token_id,
+        }
+    ids = {token: tokenizer.get_vocab().get(token) for token in expected_ids}
+    fields = {name: getattr(processor, name) for name in processor_fields(config)}
+    for found, expected in ((ids, expected_ids), (fields, processor_fields(config))):
+        for name in expected:
+            if found[name] != expected[name]:
+                raise CheckpointError(
+                    f"{name} is {found[name]} to the processor, and {expected[name]} by config.json. Processor and "
+                    "model must be of the same checkpoint."
+                )
 
 
 def check_shapes(checkpoint: Checkpoint, expected: dict[str, list[int]]) -> None:

@@ -1,40 +1,13 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
-"""What TheWorld refuses: libraries that are too old, when this is imported; and tensors, by checks that compile."""
-
-import warnings
-from importlib.metadata import version
+"""What TheWorld refuses of tensors and texts, by checks that compile."""
 
 import torch
-from packaging.version import Version
+from transformers import Cache
+from transformers.utils import torch_compilable_check
 
-
-# The oldest that works, and the first that was not tested; as in pyproject.toml.
-TESTED = {"transformers": ("5.17", "5.24"), "diffusers": ("0.36", "0.43")}
 
 # A label that counts for nothing, as everywhere in transformers.
 IGNORED_LABEL = -100
-
-
-def check_versions() -> None:
-    """
-    Compares what is installed with `TESTED`.
-
-    Warns of a newer one, which often works. Raises an ImportError for an older one, which lacks what TheWorld imports,
-    or computes other numbers (transformers before 5.16 scales embeddings twice).
-    """
-    for package, (oldest, untested) in TESTED.items():
-        installed = Version(version(package))
-        remedy = f"`pip install '{package}>={oldest},<{untested}'` gives one that is."
-        if installed < Version(oldest):
-            raise ImportError(f"TheWorld needs {package} {oldest} or later, got {installed}. {remedy}")
-        if installed.release >= Version(untested).release:
-            warnings.warn(f"TheWorld was not tested with {package} {installed}. {remedy}", stacklevel=2)
-
-
-check_versions()
-
-from transformers import Cache  # noqa: E402 (which an older one may lack)
-from transformers.utils import torch_compilable_check  # noqa: E402
 
 
 def check_floating(tensor: torch.Tensor, expected: str, remedy: str) -> None:

@@ -9,7 +9,7 @@ from typing import Literal
 
 
 # First: it names a transformers that lacks what follows.
-from .checks_theworld import TESTED  # noqa: F401 # isort: skip
+from .versions_theworld import TESTED  # noqa: F401 # isort: skip
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig

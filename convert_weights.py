@@ -46,7 +46,7 @@ from transformers import (
 )
 
 from theworld import TheWorldConfig, TheWorldEncoderConfig, TheWorldForConditionalGeneration, TheWorldProcessor
-from theworld.checkpoints import Checkpoint, CheckpointError, Verification, check_finite, verify
+from theworld.checkpoints import Checkpoint, CheckpointError, Verification, check_finite, processor_fields, verify
 from theworld.configuration_theworld import UNSUPPORTED_VAE_FIELDS
 from theworld.encoder_theworld import TheWorldEncoder
 from theworld.folders import complete_or_absent, write_sums
@@ -81,6 +81,7 @@ MODEL_FILES = (
     "modeling_theworld.py",
     "processing_theworld.py",
     "streams_theworld.py",
+    "versions_theworld.py",
     "videos_theworld.py",
 )
 HERE = Path(__file__).parent
@@ -270,13 +271,8 @@ def build_processor(
         ),
         tokenizer,
         chat_template=(HERE / "chat_template.jinja").read_text(),
-        patch_size=config.patch_size,
-        image_seq_length=config.world_config.z_dim if config.token_layout == "channel" else None,
-        compression_ratio=config.world_config.spatial_compression_ratio,
-        temporal_compression_ratio=config.world_config.temporal_compression_ratio,
         vision_settings=vision_settings,
-        vision_seq_length=config.mm_tokens_per_image,
-        world_first=config.world_first,
+        **processor_fields(config),
     )
 
 

@@ -33,12 +33,13 @@ def complete_or_absent(output: Path, overwrite: bool) -> Iterator[Path]:
     That holds if the process is killed, too, at any moment: the next run removes what the killed one left beside.
 
     Raises:
+        OSError: If no folder beside `output` can be made, or become it.
         FileExistsError: If `output` holds something and may not be replaced, or is no folder. Of two runs that write
             the same, that is the one that ends second.
     """
     if output.exists() and not (output.is_dir() and (overwrite or not any(output.iterdir()))):
         raise already_there(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    check_replaceable(output)
     restore_or_remove_abandoned(output)
     partial = beside(output, "partial")
     partial.mkdir()
@@ -57,6 +58,16 @@ def complete_or_absent(output: Path, overwrite: bool) -> Iterator[Path]:
 def already_there(output: Path) -> FileExistsError:
     remedy = "Choose another --output, or pass --overwrite." if output.is_dir() else "It is not a folder."
     return FileExistsError(f"{output} exists and holds something. {remedy}")
+
+
+def check_replaceable(output: Path) -> None:
+    """Raises an `OSError`, before work is done in vain, if no folder beside `output` could become `output`."""
+    if output.is_mount():
+        raise OSError(f"{output} is a disk's root, which cannot be replaced as a whole. Name a folder in it.")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    attempt = beside(output, "partial")
+    attempt.mkdir()
+    attempt.rmdir()
 
 
 def beside(output: Path, kind: str) -> Path:
@@ -116,6 +127,28 @@ def restore_or_remove_abandoned(output: Path) -> None:
                 os.close(lock)
 
 
+def keep_others(output: Path, partial: Path) -> None:
+    """
+    Gives `partial`, which is to replace `output`, what that holds beside the files of its sums: checkpoints, logs.
+
+    They are the same files under two names, where the file system can do that, so that it costs neither time nor room.
+    """
+    written = set(read_sums(output)) if (output / SUMS).is_file() else set()
+
+    def replaced(folder: str, names: list[str]) -> list[str]:
+        paths = {name: (Path(folder) / name).relative_to(output) for name in names}
+        return [name for name, path in paths.items() if path.as_posix() in written or (partial / path).is_file()]
+
+    def link(source: str, target: str) -> None:
+        try:
+            os.link(source, target)
+        except OSError:  # between disks, or where there are no links
+            shutil.copy2(source, target)
+
+    if output.is_dir():
+        shutil.copytree(output, partial, symlinks=True, ignore=replaced, copy_function=link, dirs_exist_ok=True)
+
+
 def sha256(file: Path) -> str:
     digest = hashlib.sha256()
     with file.open("rb") as stream:
@@ -131,22 +164,27 @@ def write_sums(folder: Path) -> None:
     (folder / SUMS).write_text("".join(f"{sha256(folder / file)}  {file.as_posix()}\n" for file in files))
 
 
-def check_sums(folder: Path) -> int:
+def check_sums(folder: Path) -> list[str]:
     """
-    Compares a folder's files with its sums; gives their number.
+    Compares a folder's files with its sums; gives their names.
 
     Raises:
         ValueError: If there are no sums, or a file is missing or another.
     """
-    if not (folder / SUMS).is_file():
-        raise ValueError(
-            f"{folder} has no {SUMS}, which convert_weights.py and train.py write. Write or get it again."
-        )
-    lines = (folder / SUMS).read_text().splitlines()
-    for line in lines:
-        expected, _, name = line.partition("  ")
+    sums = read_sums(folder)
+    for name, expected in sums.items():
         if not (folder / name).is_file():
             raise ValueError(f"{folder} lacks {name}, which its {SUMS} lists. Get it again.")
         if sha256(folder / name) != expected:
             raise ValueError(f"{folder / name} is not the file that was written: its sha256 differs. Get it again.")
-    return len(lines)
+    return list(sums)
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """The sum of each of a folder's files, by its name."""
+    if not (folder / SUMS).is_file():
+        raise ValueError(
+            f"{folder} has no {SUMS}, which convert_weights.py and train.py write. Write or get it again."
+        )
+    lines = (line.partition("  ") for line in (folder / SUMS).read_text().splitlines())
+    return {name: expected for expected, _, name in lines}

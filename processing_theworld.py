@@ -5,7 +5,7 @@ and of Gemma 3's own image tokens where the model has them; one `<world_video>` 
 """
 
 # First: it names a transformers that lacks what follows.
-from .checks_theworld import check_text  # isort: skip
+from .versions_theworld import TESTED  # noqa: F401 # isort: skip
 
 import torch
 from jinja2 import TemplateError
@@ -15,6 +15,7 @@ from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImagePr
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs
 from transformers.video_utils import VideoInput, VideoMetadataType
 
+from .checks_theworld import check_text
 from .images_theworld import read_images
 from .videos_theworld import count_videos_by_prompt, fill_up, flatten_metadata, flatten_videos, read_video
 

@@ -33,7 +33,15 @@ from trl import SFTConfig, SFTTrainer, TrlParser
 
 from conversations import ConversationCollator, load_conversations
 from precompute_latents import checkpoint_folder, encoder_tensors, is_latents, load_latents
-from theworld.folders import SUMS, beside, hold, put_in_place, restore_or_remove_abandoned, write_sums
+from theworld.folders import (
+    beside,
+    check_replaceable,
+    hold,
+    keep_others,
+    put_in_place,
+    restore_or_remove_abandoned,
+    write_sums,
+)
 
 
 GEMMA_MATRICES = r".*\.language_model\.layers\..*_proj"
@@ -92,8 +100,8 @@ class Trainer(SFTTrainer):
         return super()._get_output_dir(trial) if self.partial is None else str(self.partial)
 
     @contextmanager
-    def written_beside(self, output: Path) -> Iterator[Path]:
-        """A folder beside `output` for all processes to fill; on an error it goes, and `output` is as it was."""
+    def written_beside(self, output: Path, name: str) -> Iterator[Path]:
+        """A folder beside `output` for all processes to fill; if `name` fails it goes, and `output` is as it was."""
         if self.is_world_process_zero():
             restore_or_remove_abandoned(output)
         (partial,) = broadcast_object_list([beside(output, "partial")])
@@ -104,7 +112,7 @@ class Trainer(SFTTrainer):
         except (OSError, RuntimeError, SafetensorError) as error:
             kept = sorted(each.name for each in output.glob("checkpoint-*"))
             raise OSError(
-                f"checkpoint-{self.state.global_step} could not be written ({error}), and was removed. "
+                f"{name} could not be written ({error}), and was removed. "
                 f"Go on later with --resume_from_checkpoint; there is {', '.join(kept) or 'no checkpoint yet'}."
             ) from error
         finally:
@@ -114,8 +122,8 @@ class Trainer(SFTTrainer):
                 shutil.rmtree(partial, ignore_errors=True)
 
     def _save_checkpoint(self, model: nn.Module, trial: None) -> None:
-        run, name = Path(super()._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
-        with self.written_beside(run) as self.partial:
+        run, name = Path(super()._get_output_dir(trial)).absolute(), f"checkpoint-{self.state.global_step}"
+        with self.written_beside(run, name) as self.partial:
             try:
                 super()._save_checkpoint(model, trial)
             finally:
@@ -135,17 +143,14 @@ class Trainer(SFTTrainer):
         if _internal_call:
             super().save_model(output_dir, _internal_call)
             return
-        output = Path(output_dir or self.args.output_dir)
-        with self.written_beside(output) as partial:
+        output = Path(output_dir or self.args.output_dir).absolute()
+        with self.written_beside(output, "The trained model") as partial:
             super().save_model(str(partial), _internal_call=True)
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
                 write_sums(partial)
-                output.mkdir(parents=True, exist_ok=True)
-                # The run's folder holds checkpoints too, so it cannot change places. Without sums it is unfinished.
-                (output / SUMS).unlink(missing_ok=True)
-                for file in sorted(partial.iterdir(), key=lambda file: file.name == SUMS):
-                    file.replace(output / file.name)
+                keep_others(output, partial)
+                put_in_place(partial, output, overwrite=True)
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -220,6 +225,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Arguments, SFTC
 
 def main(arguments: list[str] | None = None, callbacks: Sequence[TrainerCallback] = ()) -> Trainer:
     args, config = parse_arguments(arguments)
+    check_replaceable(Path(config.output_dir).absolute())
     train_dataset, eval_dataset = load_data(args)
     model = load_model(args)
     if is_latents(args.dataset):

@@ -119,7 +119,7 @@ def kill_conversions(vae: str, gemma: str, output: Path, number: int) -> dict[st
 
 
 def kill_trainings(model: str, dataset: str, output: Path, number: int) -> dict[str, int]:
-    """Trains and saves at each step; every checkpoint that is there must be complete, and the first must stay."""
+    """Trains and saves at each step; the two checkpoints and the model of the first run must stay, or new ones be."""
     from training import options_of
 
     import train
@@ -133,10 +133,8 @@ def kill_trainings(model: str, dataset: str, output: Path, number: int) -> dict[
     for moment in moments(run, number):
         done, _ = run_forked(run, **moment)
         killed += not done
-        kept = [state(folder) for folder in output.glob("checkpoint-*")]
-        if (output / SUMS).is_file():  # without them a final save says that it is unfinished
-            state(output)
-        survived += not done and len(kept) == 2
+        whole = [state(folder) is not None for folder in (output, *output.glob("checkpoint-*"))]
+        survived += not done and whole == [True] * 3
     run_forked(run)
     left = len(list(output.parent.iterdir())) - 1
     return {"killed": killed, "survived": survived, "left beside": left}

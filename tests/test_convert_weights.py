@@ -132,6 +132,7 @@ def test_the_folder_is_a_complete_model_repo(checkpoint):
         "streams_theworld.py",
         "tokenizer.json",
         "tokenizer_config.json",
+        "versions_theworld.py",
         "videos_theworld.py",
     }
     template = (convert_weights.HERE / "chat_template.jinja").read_text()

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from training import write_conversations
 
 import convert_weights
+import train
 from theworld import folders
 from theworld.folders import SUMS, UNSUMMED, check_sums, complete_or_absent, write_sums
 
@@ -103,6 +104,37 @@ def test_a_target_that_cannot_be_written_is_named_in_one_line(sources, capsys):
     assert f"File exists: '{file}'" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_a_disks_root_is_refused_before_any_work(capsys):
+    with pytest.raises(OSError, match="/dev/shm is a disk's root, which cannot be replaced as a whole. Name a folder"):
+        train.main(["--dataset", "none", "--model", "none", "--output_dir", "/dev/shm"])
+    with pytest.raises(OSError, match="Name a folder in it"), complete_or_absent(Path("/dev/shm"), True):
+        pass
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["linked", "where there are no links"])
+def test_what_others_wrote_into_a_folder_stays_as_it_is_replaced(tmp_path, monkeypatch, links):
+    def refuse(*paths):
+        raise OSError
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    output, partial = tmp_path / "out", tmp_path / "partial"
+    for folder, files in ((output, ["model", "old"]), (partial, ["model"])):
+        folder.mkdir()
+        for file in files:
+            (folder / file).write_text(f"{file} of {folder.name}")
+        write_sums(folder)
+    (output / "checkpoint-1").mkdir()
+    (output / "checkpoint-1" / "model").write_text("of a checkpoint")
+    (output / "log").symlink_to(tmp_path)
+    folders.keep_others(output, partial)
+    folders.put_in_place(partial, output, overwrite=True)
+    assert {path.name for path in output.iterdir()} == {"SHA256SUMS", "model", "checkpoint-1", "log"}
+    assert check_sums(output) == ["model"] and (output / "model").read_text() == "model of partial"
+    assert (output / "checkpoint-1" / "model").read_text() == "of a checkpoint"
+    assert (output / "log").readlink() == tmp_path and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_full_disk_leaves_what_was_there(convert, sources, tmp_path, capfd):
     output = Path(shutil.copytree(convert("gemma2"), tmp_path / "out"))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -113,7 +145,9 @@ def test_a_full_disk_leaves_what_was_there(convert, sources, tmp_path, capfd):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert code == 1 and "File too large" in capfd.readouterr().err.splitlines()[-1]
-    assert check_sums(output) == len(list(output.iterdir())) - len(UNSUMMED) and len(list(tmp_path.iterdir())) == 1
+    assert (
+        len(check_sums(output)) == len(list(output.iterdir())) - len(UNSUMMED) and len(list(tmp_path.iterdir())) == 1
+    )
 
 
 def verify(capsys, *arguments: Path | str) -> tuple[int, str]:
@@ -209,9 +243,10 @@ SPOILED = {
         lambda folder: (folder / "model-2.safetensors").write_bytes(b""),
         "holds model-2.safetensors, which nothing here wrote",
     ),
+    "a pickle": (lambda folder: (folder / "a.bin").write_bytes(b""), "holds a.bin, which nothing here wrote"),
 }
 SPOILED_WITH_SUMS = {
-    "a pickle": (lambda folder: (folder / "a.bin").write_bytes(b""), "holds a.bin, which nothing here wrote"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json. Of an adapter, merge it"),
     "cut off": (edit("model.safetensors", lambda content: content[:-99]), "is no complete safetensors file"),
     "empty": (edit("model.safetensors", lambda content: b""), "is no complete safetensors file"),
     "a tensor listed twice": (edit("model.safetensors", listed_twice), r"lists 'model\.[\w.]+' twice"),
@@ -244,10 +279,13 @@ SPOILED_WITH_SUMS = {
         r"embed_tokens.weight' is \[512, 64\], but its config.json describes \[576, 64\]",
     ),
     "fields that contradict": (fields("config.json", latent_merge_size=0), "`latent_merge_size` must be 1 or more"),
-    "another token id": (fields("config.json", image_token_id=11), r"world tokens are \[7, 8, 9\], and not those of"),
+    "another token id": (
+        fields("config.json", image_token_id=11),
+        "<world> is 7 to the processor, and 11 by config.json",
+    ),
     "another patch size": (
         fields("processor_config.json", patch_size=16),
-        "a token for 16 pixels a side, the model for 8",
+        "patch_size is 16 to the processor, and 8 by config.json",
     ),
     "an index that names a missing shard": (
         index(extra="model-2.safetensors"),

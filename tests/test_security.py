@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from conversations import existing
-from theworld import checks_theworld
+from theworld import versions_theworld
 
 
 ROOT = Path(__file__).parent.parent
@@ -79,21 +79,21 @@ def test_a_datasets_own_paths_are_read(tmp_path, monkeypatch):
 
 def test_the_tested_versions_are_those_of_the_package():
     project = (ROOT / "pyproject.toml").read_text()
-    for package, (oldest, untested) in checks_theworld.TESTED.items():
+    for package, (oldest, untested) in versions_theworld.TESTED.items():
         assert f'"{package}>={oldest},<{untested}"' in project
 
 
-@pytest.mark.parametrize("package", checks_theworld.TESTED)
+@pytest.mark.parametrize("package", versions_theworld.TESTED)
 def test_versions_outside_the_tested_are_named_in_one_line(monkeypatch, package, recwarn):
-    oldest, untested = checks_theworld.TESTED[package]
-    installed = {name: oldest for name, (oldest, _) in checks_theworld.TESTED.items()}
-    monkeypatch.setattr(checks_theworld, "version", installed.get)
-    checks_theworld.check_versions()
+    oldest, untested = versions_theworld.TESTED[package]
+    installed = {name: oldest for name, (oldest, _) in versions_theworld.TESTED.items()}
+    monkeypatch.setattr(versions_theworld, "version", installed.get)
+    versions_theworld.check_versions()
     assert not recwarn
     for newer in (untested, f"{untested}.0.dev0"):
         installed[package] = newer
         with pytest.warns(UserWarning, match=f"was not tested with {package} {re.escape(newer)}. `pip install"):
-            checks_theworld.check_versions()
+            versions_theworld.check_versions()
     installed[package] = "0.1"
-    with pytest.raises(ImportError, match=f"TheWorld needs {package} {re.escape(oldest)} or later, got 0.1. `pip"):
-        checks_theworld.check_versions()
+    with pytest.raises(ImportError, match=f"was not tested with {package} 0.1, and needs a later one. `pip install"):
+        versions_theworld.check_versions()

@@ -195,7 +195,7 @@ def test_what_it_cannot_read_is_said(page):
     box.send_keys("<world>What is this?")
     page.click("Ask")
     said = wait_for(lambda: page.find(".toast-body").text, "a message")
-    assert "text holds <world>, which stands for an image. Give images as parts" in said
+    assert "text holds <world>, which stands for an image or a video. Give those as parts" in said
     assert not page.answers("#with")
 
 
