@@ -55,6 +55,7 @@ def read_image(image: Any, input_data_format: str | None = None) -> Image.Image:
         )
     try:
         image.load()
+        image = upright(image)
     except Exception as error:  # each of Pillow's decoders has errors of its own
         raise ValueError(
             f"The image cannot be decoded: {error}. The file is damaged or cut off; get it again."
@@ -75,7 +76,9 @@ def open_image(source: str) -> Image.Image:
         return Image.open(file)
     except Image.DecompressionBombError as error:
         raise ValueError(f"{shown!r} is refused: {error} Make it smaller.") from None
-    except (OSError, ValueError) as error:  # Pillow's text would show where in memory the image is
+    except (
+        Exception
+    ) as error:  # Pillow's decoders have errors of their own, and its text shows where in memory a file is
         reason = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
         raise ValueError(f"{shown!r} is no image that can be read{reason}. Expected {IMAGE_FORMS}.") from None
 
@@ -111,10 +114,14 @@ def image_of_array(array: np.ndarray | torch.Tensor, input_data_format: str | No
     return Image.fromarray(np.ascontiguousarray(array))
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """A decoded image, turned as its EXIF data say."""
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    return ImageOps.exif_transpose(image) if turned else image
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A decoded image as RGB: turned as its EXIF data say, 16 bits scaled to 8, transparency over white."""
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        image = ImageOps.exif_transpose(image)
+    """A decoded image as RGB: 16 bits scaled to 8, transparency over white."""
     if image.mode in ("I", "F"):
         raise ValueError(
             f"The image has 32 bits a channel (PIL's mode {image.mode!r}), which have no agreed range. Scale it to "

@@ -20,10 +20,18 @@ from .images_theworld import open_image, read_image
 ANIMATIONS = (".gif", ".png", ".webp")
 
 
+def is_animation(item: Any) -> bool:
+    """Whether `item` is an image of PIL's with several frames."""
+    try:
+        return getattr(item, "n_frames", 1) > 1
+    except Exception:  # damaged, where Pillow counts them; `read_animation` says after which
+        return True
+
+
 def is_frame(item: Any) -> bool:
     """Whether `item` is one picture: of PIL's and not an animation, or an array of three dimensions."""
     if isinstance(item, Image.Image):
-        return getattr(item, "n_frames", 1) == 1
+        return not is_animation(item)
     return getattr(item, "ndim", 0) == 3
 
 
@@ -31,7 +39,7 @@ def is_video(item: Any) -> bool:
     """Whether `item` is one video: a file's name, an animation, an array [T, ..], or a list of frames."""
     if isinstance(item, list | tuple):
         return len(item) > 0 and all(is_frame(frame) for frame in item)
-    return isinstance(item, str | Path) or getattr(item, "n_frames", 1) > 1 or getattr(item, "ndim", 0) == 4
+    return isinstance(item, str | Path) or is_animation(item) or getattr(item, "ndim", 0) == 4
 
 
 def flatten_videos(videos: Any) -> list:
