@@ -62,7 +62,7 @@ benchmark: $(VENV)/.installed
 # Bad inputs, processes killed while they write, threads, loaded servers: what was tried, and how much of it held. A
 # quarter of an hour on 2 cores.
 reliability: $(VENV)/.installed $(WEB)/.installed $(VLLM)/.installed
-	for part in bad_inputs conversions trainings threads "web $(WEB)/bin/python" "vllm $(VLLM)/bin/python"; do \
+	for part in bad_inputs damaged_files conversions trainings threads "web $(WEB)/bin/python" "vllm $(VLLM)/bin/python"; do \
 		PYTHONPATH=.:tests $(PYTHON) tests/reliability.py $$part || exit 1; \
 	done
 

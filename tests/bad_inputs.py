@@ -2,14 +2,16 @@
 What people hand in that a model repo meets badly: a name, what is done, and what is expected of it.
 
 Expected is either a pattern, which the message of a ValueError or TypeError must hold, or what the same call gives for
-the input as it should have been. `test_bad_inputs.py` tries all of it.
+the input as it should have been. `test_bad_inputs.py` tries all of it, and files that are damaged by chance.
 """
 
 import base64
+import itertools
+import random
 import re
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -763,6 +765,52 @@ def moved(input_ids: torch.Tensor, place: int = 7) -> torch.Tensor:
 def answer_in_context(given: Given, context: int) -> torch.Tensor:
     with mock.patch.object(given.model.config.text_config, "max_position_embeddings", context):
         return given.answer(max_new_tokens=9)
+
+
+def whole_files() -> dict[str, bytes]:
+    """A picture, or five frames, in each format; some with EXIF data, which damage can hit as well."""
+    return {
+        **{form: encoded(SCENE, form, exif=TURNED) for form in ("JPEG", "PNG", "WEBP", "TIFF", "AVIF")},
+        **{form: encoded(SCENE, form) for form in ("GIF", "BMP", "ICO", "TGA", "PPM", "JPEG2000")},
+        **{f"{form} of 5 frames": encoded(SCENE, form, **ANIMATION) for form in ("GIF", "PNG", "WEBP")},
+    }
+
+
+def damaged_files(each: int) -> Iterator[tuple[str, bytes]]:
+    """`each` damaged files of each format, the same at each call: cut off, or with up to 20 bytes changed."""
+    chance = random.Random(0)
+    for form, whole in whole_files().items():
+        for _ in range(each):
+            content = bytearray(whole)
+            if chance.random() < 0.4:
+                content = content[: chance.randrange(len(content))]
+            for _ in range(chance.choice([1, 3, 20]) if content else 0):
+                reach = chance.choice([60, len(content)])  # headers are hit more often than chance would
+                content[chance.randrange(min(reach, len(content)))] = chance.randrange(256)
+            yield form, bytes(content)
+
+
+def read_file(given: Given, form: str, content: bytes) -> bool:
+    """
+    Whether a file can be read: as an image, and as a video if it has frames; by its name, and as Pillow opens it.
+
+    Raises an AssertionError if what cannot is not refused in words.
+    """
+    path, readable = given.file(f"file.{form.split()[0].lower()}", content), True
+    sources = [lambda: path, lambda: Image.open(path)]
+    try:
+        Image.open(path).close()
+    except Exception:  # before TheWorld sees it
+        sources.pop()
+    for read, source in itertools.product([given.pixels, given.frames][: 1 + ("frames" in form)], sources):
+        try:
+            assert read(source()).abs().max() <= 1
+        except (ValueError, TypeError) as error:
+            assert "object at 0x" not in str(error), error
+            readable = False
+        except Exception as error:
+            raise AssertionError(f"{form}: {type(error).__name__}: {error}") from error
+    return readable
 
 
 BAD_INPUTS = [*IMAGES, *PROMPTS, *TENSORS, *VIDEOS, *VISION]

@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import PIL
-from bad_inputs import BAD_INPUTS, Given
+from bad_inputs import BAD_INPUTS, Given, damaged_files, read_file
 from load import AT_ONCE
 from test_determinism import THREADS, answer
 from test_files import kill
@@ -38,6 +38,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results" / "reliability.json"
 KILLS = {"conversions": 200, "trainings": 110}
 QUESTIONS = 200
+DAMAGED = 250
 REQUESTS = 1000
 
 
@@ -51,12 +52,17 @@ def convert_small(vae: Path, gemma: Path, output: Path, *options: str) -> None:
         raise SystemExit(1)
 
 
-def try_bad_inputs(folder: Path) -> dict[str, Any]:
-    """Each row of the table on small checkpoints, without Gemma 3's own vision and with it."""
+def load_given(folder: Path) -> Given:
+    """Small checkpoints, without Gemma 3's own vision and with it."""
     vae, gemma = make_sources(folder)
     convert_small(vae, gemma, folder / "checkpoint")
     convert_small(vae, make_multimodal_gemma(folder / "gemma3"), folder / "with_vision", "--vision")
-    given = Given.load(folder / "checkpoint", folder, with_vision=Given.load(folder / "with_vision", folder))
+    return Given.load(folder / "checkpoint", folder, with_vision=Given.load(folder / "with_vision", folder))
+
+
+def try_bad_inputs(folder: Path) -> dict[str, Any]:
+    """Each row of the table."""
+    given = load_given(folder)
     held = 0
     for row in tqdm(BAD_INPUTS, desc="bad inputs"):
         try:
@@ -65,6 +71,18 @@ def try_bad_inputs(folder: Path) -> dict[str, Any]:
         except AssertionError as error:
             print(f"{row.name}: {error}")
     return {"what": "bad inputs, read as meant or refused in words", "tried": len(BAD_INPUTS), "held": held}
+
+
+def try_damaged_files(folder: Path) -> dict[str, Any]:
+    given, files = load_given(folder), list(damaged_files(DAMAGED))
+    held = 0
+    for form, content in tqdm(files, desc="damaged files"):
+        try:
+            read_file(given, form, content)
+            held += 1
+        except AssertionError as error:
+            print(error)
+    return {"what": "damaged files, read or refused in words", "tried": len(files), "held": held}
 
 
 def try_conversions(folder: Path) -> dict[str, Any]:
@@ -104,6 +122,7 @@ def try_server(server: str, title: str, python: str) -> dict[str, Any]:
 
 PARTS = {
     "bad_inputs": try_bad_inputs,
+    "damaged_files": try_damaged_files,
     "conversions": try_conversions,
     "trainings": try_trainings,
     "threads": try_threads,

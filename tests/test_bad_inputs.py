@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from bad_inputs import BAD_INPUTS, Given, Row
+from bad_inputs import BAD_INPUTS, Given, Row, damaged_files, read_file, whole_files
 from test_readme import README
 
 
@@ -20,6 +20,13 @@ def test_bad_input_is_read_right_or_refused(given, row: Row):
     row.check(given)
 
 
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of what it finds odd
+def test_a_damaged_file_is_read_or_refused_in_words(given):
+    read = [read_file(given, form, content) for form, content in damaged_files(each=50)]
+    assert 100 < sum(read) < len(read) - 100
+    assert all(read_file(given, form, content) for form, content in whole_files().items())
+
+
 @pytest.mark.parametrize(
     "row",
     [
@@ -32,6 +39,12 @@ def test_bad_input_is_read_right_or_refused(given, row: Row):
 def test_a_row_can_fail(given, row: Row):
     with pytest.raises(AssertionError):
         row.check(given)
+
+
+def test_a_file_can_fail(given, monkeypatch):
+    monkeypatch.setattr(Given, "pixels", lambda given, image: {}[image])
+    with pytest.raises(AssertionError, match="BMP: KeyError"):
+        read_file(given, "BMP", whole_files()["BMP"])
 
 
 def test_the_table_is_as_long_as_the_readme_says_and_its_names_differ():
