@@ -137,7 +137,8 @@ def as_table(report: dict[str, dict]) -> str:
         memory = f"{each['growth']:.1%} of that after {each['first']}".replace("%", " %") if "growth" in each else ""
         failed = each["tried"] - each["held"]
         lines.append(f"| {each['what']} | {each['tried']:,} | {each['held']:,} | {failed:,} | {memory} |")
-    return "\n".join(lines)
+    machines = dict.fromkeys(each["machine"] for each in report.values())
+    return "\n".join([*lines, "", f"On {'; '.join(machines)}."])
 
 
 def main(part: str, *arguments: str) -> None:
@@ -145,7 +146,7 @@ def main(part: str, *arguments: str) -> None:
     started = time.monotonic()
     with TemporaryDirectory() as folder:
         found = PARTS[part](Path(folder), *arguments)
-    found |= {"seconds": round(time.monotonic() - started), "machine": describe_machine(), "PIL": PIL.__version__}
+    found |= {"seconds": round(time.monotonic() - started), "machine": f"{describe_machine()}, Pillow {PIL.__version__}"}
     report = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     report[part] = found
     RESULTS.write_text(json.dumps(report, indent=2) + "\n")
