@@ -67,7 +67,8 @@ class Checkpoint:
 def read_index(index: Path) -> dict[str, str]:
     """Which shard, a file beside the index, holds each tensor."""
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
+        content = json.loads(index.read_text())
+        _, weight_map = content["metadata"], content["weight_map"]  # transformers needs both
         outside = [file for file in weight_map.values() if Path(file).name != file]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{index} is no index of safetensors. Get it again.") from None

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModel, Cache, GenerationConfig, GenerationMixin, PreTrainedModel
@@ -123,11 +124,40 @@ class TheWorldPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
 
     @classmethod
-    def from_pretrained(cls, *args, use_safetensors: bool | None = None, **kwargs) -> PreTrainedModel:
-        """As transformers' own, but where there are no safetensors it reads no pickle, which could run anything."""
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *args,
+        use_safetensors: bool | None = None,
+        output_loading_info: bool = False,
+        **kwargs,
+    ):
+        """
+        As transformers' own, but it reads no pickle, which could run anything, and makes up no tensor in silence.
+
+        Raises:
+            OSError: If a safetensors file is damaged.
+            ValueError: If the checkpoint lacks tensors of the model, and `output_loading_info` does not ask which; or
+                if `use_safetensors` is False.
+        """
         if use_safetensors is False:
             raise ValueError("TheWorld reads safetensors only, got use_safetensors=False. Leave it out.")
-        return super().from_pretrained(*args, use_safetensors=True, **kwargs)
+        options = {"use_safetensors": True, "output_loading_info": True, **kwargs}
+        checkpoint = pretrained_model_name_or_path
+        try:
+            model, info = super().from_pretrained(checkpoint, *args, **options)
+        except SafetensorError as error:
+            raise OSError(
+                f"A safetensors file of {checkpoint} is damaged or cut off ({error}). Get it again."
+            ) from error
+        if output_loading_info:
+            return model, info
+        if checkpoint is not None and (missing := sorted(info["missing_keys"])):
+            raise ValueError(
+                f"{checkpoint} lacks {len(missing)} of the model's tensors, such as {missing[0]!r}. Get it again; or, "
+                "to train what is missing, load it with `output_loading_info=True`."
+            )
+        return model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):

@@ -146,7 +146,10 @@ def main(part: str, *arguments: str) -> None:
     started = time.monotonic()
     with TemporaryDirectory() as folder:
         found = PARTS[part](Path(folder), *arguments)
-    found |= {"seconds": round(time.monotonic() - started), "machine": f"{describe_machine()}, Pillow {PIL.__version__}"}
+    found |= {
+        "seconds": round(time.monotonic() - started),
+        "machine": f"{describe_machine()}, Pillow {PIL.__version__}",
+    }
     report = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     report[part] = found
     RESULTS.write_text(json.dumps(report, indent=2) + "\n")

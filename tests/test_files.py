@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from training import write_conversations
+from transformers import AutoModel
 
 import convert_weights
 import train
@@ -216,7 +217,7 @@ def index(**weight_map: str):
     def spoil(folder: Path) -> None:
         (folder / "model.safetensors").rename(folder / "model-1.safetensors")
         names = dict.fromkeys(load_file(folder / "model-1.safetensors"), "model-1.safetensors")
-        content = json.dumps({"weight_map": {**names, **weight_map}})
+        content = json.dumps({"metadata": {}, "weight_map": {**names, **weight_map}})
         (folder / "model.safetensors.index.json").write_text(content)
 
     return spoil
@@ -316,6 +317,28 @@ def test_sums_tell_what_changed(convert, tmp_path, capsys, spoil, message):
 def test_verifying_tells_what_is_wrong(convert, tmp_path, capsys, spoil, message):
     code, line = verify(capsys, spoiled(convert("gemma2"), tmp_path, spoil))
     assert code == 1 and re.search(message, line), line
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (edit("model.safetensors", lambda content: content[:-99]), OSError, "is damaged or cut off .* Get it again"),
+        (tensor(NORM, lambda each: None), ValueError, f"lacks 1 of the model's tensors, such as '{NORM}'. Get it"),
+        (index(extra="model-2.safetensors"), OSError, "No such file or directory: .*model-2.safetensors"),
+        (tensor(NORM, lambda each: each[:5]), RuntimeError, "`ignore_mismatched_sizes`"),
+    ],
+    ids=["cut off", "a tensor less", "a shard less", "another shape"],
+)
+def test_a_spoiled_checkpoint_is_not_loaded(convert, tmp_path, spoil, error, message):
+    folder = spoiled(convert("gemma2"), tmp_path, spoil)
+    with pytest.raises(error, match=message):
+        AutoModel.from_pretrained(folder, trust_remote_code=True)
+
+
+def test_what_is_missing_is_trained_by_who_asks_for_it(convert, tmp_path):
+    folder = spoiled(convert("gemma2"), tmp_path, tensor(NORM, lambda each: None))
+    model, info = AutoModel.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+    assert info["missing_keys"] == {NORM} and model.get_parameter(NORM).isfinite().all()
 
 
 def test_what_verify_and_convert_need_is_asked_for(capsys):
