@@ -13,7 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from html import escape
+from pathlib import Path
 from random import randrange
+from tempfile import TemporaryDirectory
 from threading import Event
 from time import perf_counter
 
@@ -177,17 +179,20 @@ def answer(picture: Image.Image, question: str, compare: bool, talk: Conversatio
     world_tokens = (inputs["input_ids"] == model.config.image_token_id).sum()
     note = f"{inputs['input_ids'].shape[1]} tokens in the prompt, {world_tokens} of them world tokens; {encoding}, "
     expected = f"<br>The scene's own answer: **{right[question]}**" if question in right else ""
-    overlay = times = None
+    times = None
     for turn.answer, times in stream(inputs):
+        yield shown(talk, None, f"{note}{times}{expected}")
+    with TemporaryDirectory() as folder:
+        # A file, which Gradio copies. A picture it would write over the same one, even while that is being served.
+        overlay = Path(folder) / "look.png"
+        heat(picture, attention_to_world(model, inputs)).save(overlay)
         yield shown(talk, overlay, f"{note}{times}{expected}")
-    overlay = heat(picture, attention_to_world(model, inputs))
-    yield shown(talk, overlay, f"{note}{times}{expected}")
-    if compare:
-        for turn.blind_answer, _ in stream(blind_inputs):
-            yield shown(talk, overlay, f"{note}{times}{expected}")
+        if compare:
+            for turn.blind_answer, _ in stream(blind_inputs):
+                yield shown(talk, overlay, f"{note}{times}{expected}")
 
 
-def shown(talk: Conversation, overlay: Image.Image | None, note: str) -> tuple:
+def shown(talk: Conversation, overlay: Path | None, note: str) -> tuple:
     """The page's outputs, in the order of `outputs` below; the question's box is emptied."""
     return talk, talk.messages(), talk.messages(blind=True), overlay, note, ""
 
@@ -229,7 +234,7 @@ with gr.Blocks(title="TheWorld", delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as p
                 elem_id="picture",
             )
             new_scene = gr.Button("Draw another scene")
-            overlay = gr.Image(label="What it looked at", height=270, format="png", interactive=False, elem_id="look")
+            overlay = gr.Image(label="What it looked at", height=270, interactive=False, elem_id="look")
         with gr.Column(scale=5):
             with gr.Row():
                 chat = gr.Chatbot(
