@@ -47,6 +47,7 @@ def serve(folder: Path):
     """Runs app.py as a user starts it; yields its address, once it is ready, and its process."""
     port, log = free_port(), folder / "log.txt"
     environment = os.environ | {"GRADIO_SERVER_PORT": str(port), "GRADIO_ANALYTICS_ENABLED": "False"}
+    environment["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what is freed goes back, so that memory can be compared
     with log.open("w") as stream:
         server = subprocess.Popen(
             [sys.executable, "app.py"], cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT
