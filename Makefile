@@ -4,9 +4,10 @@ OLDEST := .venv-oldest
 VLLM := .venv-vllm
 WEB := .venv-web
 HARNESS := .venv-harness
+AUDIT := .venv-audit
 EXTRAS := test,train
 
-.PHONY: demo test test-oldest test-vllm test-quantized test-harness test-web test-real-size train evaluate new-kind benchmark benchmark-training clean
+.PHONY: demo test test-oldest test-vllm test-quantized test-harness test-web test-real-size train evaluate new-kind benchmark benchmark-training reliability audit clean
 
 demo: $(VENV)/.installed
 	$(PYTHON) demo.py assets/scene.png "What shape is the blue object?" "How many circles are there?" "Where is the yellow star from the blue star?" --save demo.png
@@ -58,6 +59,17 @@ new-kind: $(VENV)/.installed
 benchmark: $(VENV)/.installed
 	$(PYTHON) -m benchmarks
 
+# Bad inputs, processes killed while they write, threads, loaded servers: what was tried, and how much of it held. A
+# quarter of an hour on 2 cores.
+reliability: $(VENV)/.installed $(WEB)/.installed $(VLLM)/.installed
+	for part in bad_inputs damaged_files conversions trainings threads "web $(WEB)/bin/python" "vllm $(VLLM)/bin/python"; do \
+		PYTHONPATH=.:tests $(PYTHON) tests/reliability.py $$part || exit 1; \
+	done
+
+# Known vulnerabilities of all that is pinned, where an index answers that knows them.
+audit: $(AUDIT)/.installed
+	$(AUDIT)/bin/python tests/audit.py
+
 # Training from latents against training from pixels: two minutes.
 benchmark-training: $(VENV)/.installed
 	$(PYTHON) -m benchmarks.training
@@ -81,6 +93,11 @@ $(VLLM)/.installed: constraints-vllm.txt pyproject.toml
 	$(VLLM)/bin/python tests/name_vllm.py
 	touch $@
 
+$(AUDIT)/.installed:
+	python3 -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --quiet "pip-audit>=2.10,<3"
+	touch $@
+
 # The common model tests that every architecture in transformers passes; only its source distribution has them.
 build/suite/transformers_tests: $(VENV)/.installed
 	rm -rf build/sdist $@
@@ -89,4 +106,4 @@ build/suite/transformers_tests: $(VENV)/.installed
 	tar --extract --gzip --file build/sdist/transformers-*.tar.gz --directory $@ --strip-components 2 --wildcards "transformers-*/tests/*.py"
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(VLLM) $(WEB) $(HARNESS) build *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(VLLM) $(WEB) $(HARNESS) $(AUDIT) build *.egg-info

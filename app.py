@@ -9,15 +9,23 @@ It answers on the loopback only, unless `GRADIO_SERVER_NAME` says otherwise, as 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from html import escape
+from pathlib import Path
 from random import randrange
-from threading import Thread
+from tempfile import TemporaryDirectory
+from threading import Event
 from time import perf_counter
 
 import gradio as gr
 import torch
 from PIL import Image
+from starlette.datastructures import Headers
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 from transformers import AutoModel, AutoProcessor, BatchFeature, TextIteratorStreamer
 
 from demo import BUNDLED
@@ -25,7 +33,15 @@ from look import attention_to_world, heat
 from recipe.scenes import SPLITS, draw_scene
 
 
-MAX_UPLOAD = "5mb"
+# What one who asks may use of the machine: a request with the files in it, a picture, a question, an answer's time;
+# and all together: how many wait, how many conversations are kept, and how long, with their files.
+MAX_BYTES = 5_000_000
+MAX_CHARACTERS = 1000
+MAX_SECONDS = 60
+MAX_WAITING = 64
+MAX_KEPT = 100
+KEPT_SECONDS = 3600
+Image.MAX_IMAGE_PIXELS = 2**24
 CSS = ".gradio-container {max-width: 1180px !important} #picture img {width: 100%; height: 100%; object-fit: contain}"
 
 # Eager attention gives the weights for the overlay; set here, because all who ask share the model.
@@ -44,10 +60,11 @@ class Turn:
 
 @dataclass
 class Conversation:
-    """The turns about a picture. Its `latents` [1, z, h, w] come with the first, and serve all of them."""
+    """The turns about a picture of this sum. Its `latents` [1, z, h, w] come with the first, and serve all of them."""
 
-    turns: list[Turn] = field(default_factory=list)
+    picture: str | None = None
     latents: torch.Tensor | None = None
+    turns: list[Turn] = field(default_factory=list)
 
     def messages(self, blind: bool = False) -> list[dict]:
         """All turns, with the answers from the world tokens or those without."""
@@ -58,11 +75,26 @@ class Conversation:
         return messages
 
 
+class SizeLimit:
+    """Refuses a request whose body is larger than `MAX_BYTES`, however many files it has, or of unknown size."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self.app
+        if scope["type"] == "http" and scope["method"] == "POST":
+            length = Headers(scope=scope).get("content-length", "")
+            if not length.isdigit() or int(length) > MAX_BYTES:
+                app = PlainTextResponse(f"A request may have {MAX_BYTES:,} bytes.", status_code=413)
+        await app(scope, receive, send)
+
+
 class TimedStreamer(TextIteratorStreamer):
     """The answer's text in pieces, and when each of its tokens came."""
 
     def __init__(self):
-        super().__init__(processor.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60)
+        super().__init__(processor.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=MAX_SECONDS)
         self.times = []
 
     def put(self, value):
@@ -83,7 +115,7 @@ class TimedStreamer(TextIteratorStreamer):
 
 def encode(picture: Image.Image) -> torch.Tensor:
     """The picture's latents [1, z, h, w]."""
-    pixel_values = processor.image_processor(picture, return_tensors="pt").pixel_values
+    pixel_values = processor(images=picture, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         return model.get_world_latents(pixel_values)
 
@@ -105,44 +137,62 @@ def make_inputs(messages: list[dict], question: str, latents: torch.Tensor | Non
 
 
 def stream(inputs: BatchFeature) -> Iterator[tuple[str, TimedStreamer]]:
-    """Yields the answer so far, and its times, at each piece."""
-    streamer, answer = TimedStreamer(), ""
-    Thread(target=model.generate, kwargs={**inputs, "streamer": streamer}).start()
-    for piece in streamer:
-        answer += piece
-        yield answer.strip(), streamer
+    """Yields the answer so far, and its times, at each piece; raises what `generate` does."""
+    streamer, gone, answer = TimedStreamer(), Event(), ""
+    options = {"streamer": streamer, "max_time": MAX_SECONDS, "stopping_criteria": [lambda *_: gone.is_set()]}
+    with ThreadPoolExecutor(1) as pool:
+        answering = pool.submit(model.generate, **inputs, **options)
+        answering.add_done_callback(lambda _: streamer.end())
+        try:
+            for piece in streamer:
+                answer += piece
+                yield answer.strip(), streamer
+        finally:  # also when who asked has left
+            gone.set()
+    answering.result()
 
 
 def ask(picture: Image.Image | None, question: str, compare: bool, talk: Conversation, right: dict[str, str]):
     """Answers with world tokens, then, to compare, without; yields what the page shows as it comes."""
     if picture is None or not question.strip():
         raise gr.Error("Give a picture and a question.", print_exception=False)
-    turn, latents, encoding = Turn(question.strip()), talk.latents, "the picture's latents kept"
+    if len(question) > MAX_CHARACTERS:
+        raise gr.Error(f"Ask in {MAX_CHARACTERS} characters; this has {len(question)}.", print_exception=False)
     try:
-        if latents is None:
-            started = perf_counter()
-            latents = encode(picture)
-            encoding = f"{(perf_counter() - started) * 1000:.0f} ms to encode the picture"
-        inputs = make_inputs(talk.messages(), turn.question, latents)
-        blind_inputs = make_inputs(talk.messages(blind=True), turn.question, None)
+        yield from answer(picture, question.strip(), compare, talk, right)
     except ValueError as error:
         raise gr.Error(escape(str(error)), print_exception=False) from error
-    talk = Conversation([*talk.turns, turn], latents)
+
+
+def answer(picture: Image.Image, question: str, compare: bool, talk: Conversation, right: dict[str, str]):
+    """As `ask`; raises a `ValueError` for what the processor or the model cannot read."""
+    encoding = "the picture's latents kept"
+    if talk.picture != (sum_of_picture := sha256(picture.tobytes()).hexdigest()):
+        started = perf_counter()
+        talk = Conversation(sum_of_picture, encode(picture))
+        encoding = f"{(perf_counter() - started) * 1000:.0f} ms to encode the picture"
+    inputs = make_inputs(talk.messages(), question, talk.latents)
+    blind_inputs = make_inputs(talk.messages(blind=True), question, None)
+    turn = Turn(question)
+    talk = replace(talk, turns=[*talk.turns, turn])
 
     world_tokens = (inputs["input_ids"] == model.config.image_token_id).sum()
     note = f"{inputs['input_ids'].shape[1]} tokens in the prompt, {world_tokens} of them world tokens; {encoding}, "
-    expected = f"<br>The scene's own answer: **{right[turn.question]}**" if turn.question in right else ""
-    overlay = times = None
+    expected = f"<br>The scene's own answer: **{right[question]}**" if question in right else ""
+    times = None
     for turn.answer, times in stream(inputs):
+        yield shown(talk, None, f"{note}{times}{expected}")
+    with TemporaryDirectory() as folder:
+        # A file, which Gradio copies. A picture it would write over the same one, even while that is being served.
+        overlay = Path(folder) / "look.png"
+        heat(picture, attention_to_world(model, inputs)).save(overlay)
         yield shown(talk, overlay, f"{note}{times}{expected}")
-    overlay = heat(picture, attention_to_world(model, inputs))
-    yield shown(talk, overlay, f"{note}{times}{expected}")
-    if compare:
-        for turn.blind_answer, _ in stream(blind_inputs):
-            yield shown(talk, overlay, f"{note}{times}{expected}")
+        if compare:
+            for turn.blind_answer, _ in stream(blind_inputs):
+                yield shown(talk, overlay, f"{note}{times}{expected}")
 
 
-def shown(talk: Conversation, overlay: Image.Image | None, note: str) -> tuple:
+def shown(talk: Conversation, overlay: Path | None, note: str) -> tuple:
     """The page's outputs, in the order of `outputs` below; the question's box is emptied."""
     return talk, talk.messages(), talk.messages(blind=True), overlay, note, ""
 
@@ -164,13 +214,14 @@ def samples(right: dict[str, str]) -> gr.Dataset:
 
 
 first_picture, first_right = draw(SPLITS["test"][0])  # the scene of assets/scene.png
-with gr.Blocks(title="TheWorld") as page:
+with gr.Blocks(title="TheWorld", delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as page:
     gr.Markdown(
         "# TheWorld\nGemma reads pictures through the VAE encoder of the Cosmos world models. This small model was "
         "trained on drawn scenes and nine kinds of questions about them, and knows nothing else. Clips it reads in "
         "`demo.py` alone: of an animation, this page takes the first frame."
     )
-    talk, right = gr.State(Conversation()), gr.State(first_right)
+    talk = gr.State(Conversation(), time_to_live=KEPT_SECONDS)
+    right = gr.State(first_right, time_to_live=KEPT_SECONDS)
     with gr.Row():
         with gr.Column(scale=2, min_width=260):
             picture = gr.Image(
@@ -183,7 +234,7 @@ with gr.Blocks(title="TheWorld") as page:
                 elem_id="picture",
             )
             new_scene = gr.Button("Draw another scene")
-            overlay = gr.Image(label="What it looked at", height=270, format="png", interactive=False, elem_id="look")
+            overlay = gr.Image(label="What it looked at", height=270, interactive=False, elem_id="look")
         with gr.Column(scale=5):
             with gr.Row():
                 chat = gr.Chatbot(
@@ -214,4 +265,9 @@ with gr.Blocks(title="TheWorld") as page:
 
 
 if __name__ == "__main__":
-    page.launch(max_file_size=MAX_UPLOAD, css=CSS)
+    page.queue(max_size=MAX_WAITING).launch(
+        max_file_size=MAX_BYTES,
+        state_session_capacity=MAX_KEPT,
+        css=CSS,
+        app_kwargs={"middleware": [Middleware(SizeLimit)]},
+    )

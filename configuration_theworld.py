@@ -7,6 +7,10 @@ Configuration of TheWorld: the Wan VAE's encoder (`world_config`), Gemma (`text_
 import math
 from typing import Literal
 
+
+# First: it names a transformers that lacks what follows.
+from .versions_theworld import TESTED  # noqa: F401 # isort: skip
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 

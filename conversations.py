@@ -40,13 +40,17 @@ def load_conversations(name: str, split: str) -> Dataset:
         )
     dataset = dataset.select_columns(["messages", "images"])
     if dataset.features["images"] != List(Image()):
-        dataset = dataset.map(lambda row: {"images": [existing(folder / image) for image in row["images"]]})
+        dataset = dataset.map(lambda row: {"images": [existing(folder, image) for image in row["images"]]})
         dataset = dataset.cast_column("images", List(Image()))
     check_conversations(dataset["messages"], (len(images) for images in dataset.with_format("arrow")["images"]))
     return dataset
 
 
-def existing(path: Path) -> str:
+def existing(folder: Path, image: str) -> str:
+    """The path of an image in a dataset's folder; a dataset is not to read what lies elsewhere, by links neither."""
+    path = (folder / image).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise ValueError(f"The image {image} is outside the dataset's folder {folder}. Put it there.")
     if not path.is_file():
         raise ValueError(f"The image {path} does not exist. Image paths are relative to the dataset's file or folder.")
     return str(path)

@@ -5,18 +5,18 @@ Joins a Wan VAE (a diffusers folder) and a Gemma (a transformers folder) into a 
     python convert_weights.py --vae nvidia/Cosmos-Predict2-2B-Video2World --gemma google/gemma-2-2b-it \
         --output my-theworld
 
+    python convert_weights.py --verify my-theworld
+
 Tensors go from file to file, a shard at a time. The output folder appears when it is complete, or not at all.
 """
 
 import argparse
 import json
 import math
-import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from huggingface_hub import (
     split_state_dict_into_shards_factory,
 )
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import (
@@ -46,8 +46,10 @@ from transformers import (
 )
 
 from theworld import TheWorldConfig, TheWorldEncoderConfig, TheWorldForConditionalGeneration, TheWorldProcessor
+from theworld.checkpoints import Checkpoint, CheckpointError, Verification, check_finite, processor_fields, verify
 from theworld.configuration_theworld import UNSUPPORTED_VAE_FIELDS
 from theworld.encoder_theworld import TheWorldEncoder
+from theworld.folders import complete_or_absent, write_sums
 
 
 VAE_CLASS = "AutoencoderKLWan"
@@ -71,19 +73,18 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 # A shard is held in memory while it is written; Gemma 2 2B's embedding alone is 1.2 GB.
 MAX_SHARD_SIZE = "1GB"
 MODEL_FILES = (
+    "checks_theworld.py",
     "configuration_theworld.py",
     "encoder_theworld.py",
     "frames_theworld.py",
+    "images_theworld.py",
     "modeling_theworld.py",
     "processing_theworld.py",
     "streams_theworld.py",
+    "versions_theworld.py",
     "videos_theworld.py",
 )
 HERE = Path(__file__).parent
-
-
-class ConversionError(ValueError):
-    """What the user gave cannot be converted; the message says why and what to do."""
 
 
 def map_vae_key(key: str) -> str | None:
@@ -92,7 +93,7 @@ def map_vae_key(key: str) -> str | None:
         return f"model.world_encoder.{key}"
     if key.startswith(("decoder.", "post_quant_conv.")):
         return None
-    raise ConversionError(f"The VAE's checkpoint has a tensor {key!r}, which no {VAE_CLASS} has.")
+    raise CheckpointError(f"The VAE's checkpoint has a tensor {key!r}, which no {VAE_CLASS} has.")
 
 
 def map_gemma_key(key: str, vision: bool = False) -> str | None:
@@ -111,45 +112,7 @@ def map_gemma_key(key: str, vision: bool = False) -> str | None:
     for prefix in ("language_model.model.", "model.language_model.", "model."):
         if key.startswith(prefix):
             return f"model.language_model.{key.removeprefix(prefix)}"
-    raise ConversionError(f"Gemma's checkpoint has a tensor {key!r}, which no Gemma text model has.")
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A folder of safetensors: which file holds each tensor, and its shape. Tensors are read one at a time."""
-
-    files: dict[str, Path]
-    shapes: dict[str, list[int]]
-
-    @classmethod
-    def open(cls, folder: Path, name: str) -> "Checkpoint":
-        """Reads the headers of `{name}.safetensors`, or of the shards in `{name}.safetensors.index.json`."""
-        index, single = folder / f"{name}.safetensors.index.json", folder / f"{name}.safetensors"
-        if index.is_file():
-            weight_map = json.loads(index.read_text())["weight_map"]
-            paths = [folder / file for file in sorted(set(weight_map.values()))]
-        elif single.is_file():
-            paths = [single]
-        else:
-            raise ConversionError(
-                f"{folder} holds neither {single.name} nor {index.name}. Only safetensors checkpoints are read; save "
-                "a pickled one (.bin, .pt, .pth) with `save_pretrained` first."
-            )
-        files, shapes = {}, {}
-        for path in paths:
-            if not path.is_file():
-                raise ConversionError(f"{index} names {path.name}, which is missing. Complete the download.")
-            try:
-                with safe_open(path, framework="pt") as file:
-                    for key in file.keys():  # noqa: SIM118 (not a mapping)
-                        files[key], shapes[key] = path, file.get_slice(key).get_shape()
-            except SafetensorError as error:
-                raise ConversionError(f"{path} is no complete safetensors file ({error}). Get it again.") from None
-        return cls(files, shapes)
-
-    def load(self, key: str) -> torch.Tensor:
-        with safe_open(self.files[key], framework="pt") as file:
-            return file.get_tensor(key)
+    raise CheckpointError(f"Gemma's checkpoint has a tensor {key!r}, which no Gemma text model has.")
 
 
 @dataclass(frozen=True)
@@ -163,7 +126,7 @@ class Source:
     def read_config(self) -> dict:
         path = self.folder / "config.json"
         if not path.is_file():
-            raise ConversionError(f"{self.folder} has no config.json. Give a folder that `save_pretrained` wrote.")
+            raise CheckpointError(f"{self.folder} has no config.json. Give a folder that `save_pretrained` wrote.")
         return json.loads(path.read_text())
 
 
@@ -172,11 +135,11 @@ def fetch(name: str, revision: str | None, patterns: list[str]) -> Source:
     if Path(name).is_dir():
         return Source(Path(name), name)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise ConversionError(f"{name} is neither a folder nor a Hub id (ORG/NAME).")
+        raise CheckpointError(f"{name} is neither a folder nor a Hub id (ORG/NAME).")
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except OSError as error:
-        raise ConversionError(f"{name} is no folder here, and could not be had from the Hub: {error}") from error
+        raise CheckpointError(f"{name} is no folder here, and could not be had from the Hub: {error}") from error
     return Source(folder, name, commit=folder.name)
 
 
@@ -197,7 +160,7 @@ def read_world_config(vae: Source) -> TheWorldEncoderConfig:
     """The encoder's fields of the VAE's config.json; refuses other VAEs."""
     fields = vae.read_config()
     if fields.get("_class_name") != VAE_CLASS:
-        raise ConversionError(
+        raise CheckpointError(
             f"{vae.name}: expected the config.json of a diffusers {VAE_CLASS}, got {fields.get('_class_name')!r}. "
             "Name the pipeline's VAE with --vae-subfolder."
         )
@@ -209,7 +172,7 @@ def read_text_config(gemma: Source) -> PreTrainedConfig:
     """Gemma's text config; refuses other architectures."""
     architectures = gemma.read_config().get("architectures") or [None]
     if architectures[0] not in GEMMA_ARCHITECTURES:
-        raise ConversionError(
+        raise CheckpointError(
             f"{gemma.name}: expected one of {', '.join(GEMMA_ARCHITECTURES)}, got {architectures[0]}."
         )
     return AutoConfig.from_pretrained(gemma.folder).get_text_config()
@@ -219,7 +182,7 @@ def read_vision_fields(gemma: Source, dtype: str) -> dict:
     """The fields of [`TheWorldConfig`] that keep a multimodal Gemma 3's own vision; refuses other Gemmas."""
     architecture = (gemma.read_config().get("architectures") or [None])[0]
     if architecture != MULTIMODAL_GEMMA:
-        raise ConversionError(
+        raise CheckpointError(
             f"{gemma.name}: --vision keeps the tower of a {MULTIMODAL_GEMMA}, got {architecture}. Leave it out."
         )
     config = AutoConfig.from_pretrained(gemma.folder)
@@ -264,14 +227,15 @@ def add_world_tokens(gemma: Source) -> PreTrainedTokenizerBase:
 
 
 def build_config(
-    world_config: TheWorldEncoderConfig,
-    text_config: PreTrainedConfig,
+    vae: Source,
+    gemma: Source,
     tokenizer: PreTrainedTokenizerBase,
     image_size: int,
     dtype: str,
     **layout,
 ) -> TheWorldConfig:
     """The checkpoint's config; `layout` holds the fields that say how the latent becomes tokens."""
+    text_config = read_text_config(gemma)
     token_ids = tokenizer.convert_tokens_to_ids(list(TheWorldProcessor.world_tokens))
     image_token_id, start_id, end_id, video_token_id = token_ids
     if len(tokenizer) > text_config.vocab_size:
@@ -279,7 +243,7 @@ def build_config(
     text_config.dtype = dtype
     text_config.name_or_path = ""
     config = TheWorldConfig(
-        world_config=world_config,
+        world_config=read_world_config(vae),
         text_config=text_config,
         image_size=image_size if layout.get("token_layout") == "channel" else None,
         image_token_id=image_token_id,
@@ -291,7 +255,7 @@ def build_config(
         **layout,
     )
     if image_size < 1 or image_size % config.patch_size:
-        raise ConversionError(f"--image-size must be a positive multiple of {config.patch_size}, got {image_size}.")
+        raise CheckpointError(f"--image-size must be a positive multiple of {config.patch_size}, got {image_size}.")
     return config
 
 
@@ -307,13 +271,8 @@ def build_processor(
         ),
         tokenizer,
         chat_template=(HERE / "chat_template.jinja").read_text(),
-        patch_size=config.patch_size,
-        image_seq_length=config.world_config.z_dim if config.token_layout == "channel" else None,
-        compression_ratio=config.world_config.spatial_compression_ratio,
-        temporal_compression_ratio=config.world_config.temporal_compression_ratio,
         vision_settings=vision_settings,
-        vision_seq_length=config.mm_tokens_per_image,
-        world_first=config.world_first,
+        **processor_fields(config),
     )
 
 
@@ -365,21 +324,32 @@ def plan_tensors(
     tied = model.all_tied_weights_keys
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in tied}
     fresh = initialize_projection(model)
-    sources, dropped = {}, []
+    sources, dropped, copies = {}, [], {}
     for checkpoint, map_key in mapped_checkpoints:
         for key in checkpoint.files:
             name = map_key(key)
-            if name is None or name in tied:
+            if name is None:
+                dropped.append(key)
+            elif name in tied:
+                copies[tied[name]] = (checkpoint, key)
                 dropped.append(key)
             elif name not in shapes:
-                raise ConversionError(f"Tensor {key!r} has no place in the model that its config.json describes.")
+                raise CheckpointError(f"Tensor {key!r} has no place in the model that its config.json describes.")
             elif name in sources:
-                raise ConversionError(f"Tensors {sources[name][1]!r} and {key!r} both stand for {name!r}.")
+                raise CheckpointError(f"Tensors {sources[name][1]!r} and {key!r} both stand for {name!r}.")
             else:
                 sources[name] = (checkpoint, key)
     missing = sorted(set(shapes) - set(sources) - set(fresh))
     if missing:
-        raise ConversionError(f"{len(missing)} tensor(s) are missing from the checkpoints, such as {missing[0]!r}.")
+        raise CheckpointError(f"{len(missing)} tensor(s) are missing from the checkpoints, such as {missing[0]!r}.")
+
+    for name, (checkpoint, key) in copies.items():
+        source, source_key = sources[name]
+        if not torch.equal(checkpoint.load(key), source.load(source_key)):
+            raise CheckpointError(
+                f"Tensors {key!r} and {source_key!r} differ, but config.json ties them. Set `tie_word_embeddings` to "
+                "false there if both were trained."
+            )
 
     vocabulary_tables = ("model.language_model.embed_tokens.weight", "lm_head.weight")
     for name, (checkpoint, key) in sources.items():
@@ -387,11 +357,32 @@ def plan_tensors(
         if name in vocabulary_tables:
             expected[0] = vocab_size
         if found != expected:
-            raise ConversionError(
+            raise CheckpointError(
                 f"Tensor {key!r} is {found}, but its config.json describes {expected}. Weights and config are not of "
                 "the same model."
             )
     return Plan(shapes, sources, fresh, dropped)
+
+
+def open_vae(vae: Source) -> Checkpoint:
+    return Checkpoint.open(vae.folder, "diffusion_pytorch_model")
+
+
+def plan_conversion(vae: Source, gemma: Source, config: TheWorldConfig) -> Plan:
+    """Where each tensor of the model that `config` describes comes from."""
+    with torch.device("meta"):
+        model = TheWorldForConditionalGeneration(config)
+    map_key = partial(map_gemma_key, vision=config.vision_config is not None)
+    mapped = [(open_vae(vae), map_vae_key), (Checkpoint.open(gemma.folder, "model"), map_key)]
+    return plan_tensors(model, read_text_config(gemma).vocab_size, mapped)
+
+
+def verify_conversion(folder: Path, vae: Source | None, gemma: Source | None) -> Verification:
+    """`verify`, and, given both sources, that what came from them is theirs still."""
+    if vae is None or gemma is None:
+        return verify(folder)
+    plan = plan_conversion(vae, gemma, TheWorldConfig.from_pretrained(folder))
+    return verify(folder, {name: partial(plan.load, name) for name in plan.sources})
 
 
 def write_shards(folder: Path, plan: Plan, dtype: torch.dtype) -> None:
@@ -408,8 +399,7 @@ def write_shards(folder: Path, plan: Plan, dtype: torch.dtype) -> None:
             shard = {}
             for name in names:
                 shard[name] = plan.load(name).to(dtype).contiguous()
-                if not all(extreme.isfinite() for extreme in shard[name].aminmax()):
-                    raise ConversionError(f"Tensor {name!r} holds NaN or infinity as {dtype}.")
+                check_finite(name, shard[name])
                 progress.update(sizes[name])
             save_file(shard, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
@@ -417,7 +407,7 @@ def write_shards(folder: Path, plan: Plan, dtype: torch.dtype) -> None:
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def largest_latent_difference(vae: Source, vae_checkpoint: Checkpoint, folder: Path, config: TheWorldConfig) -> float:
+def largest_latent_difference(vae: Source, folder: Path, config: TheWorldConfig) -> float:
     """
     The largest difference between the source VAE's mode, by diffusers in float32, and the written encoder's.
 
@@ -430,37 +420,14 @@ def largest_latent_difference(vae: Source, vae_checkpoint: Checkpoint, folder: P
     with torch.device("meta"):
         reference = AutoencoderKLWan.from_config(vae.read_config()).eval()
         encoder = TheWorldEncoder(config.world_config).eval()
-    written = Checkpoint.open(folder, "model")
+    written, source = Checkpoint.open(folder, "model"), open_vae(vae)
     prefix = "model.world_encoder."
     keys = [name.removeprefix(prefix) for name in written.files if name.startswith(prefix)]
-    reference.load_state_dict({key: vae_checkpoint.load(key).float() for key in keys}, strict=False, assign=True)
+    reference.load_state_dict({key: source.load(key).float() for key in keys}, strict=False, assign=True)
     encoder.load_state_dict({key: written.load(prefix + key) for key in keys}, assign=True)
     with torch.no_grad():
         expected = reference.encode(picture.unsqueeze(2)).latent_dist.mode().squeeze(2)
         return (encoder(picture).float() - expected).abs().max().item()
-
-
-@contextmanager
-def complete_or_absent(output: Path, overwrite: bool) -> Iterator[Path]:
-    """Gives a folder beside `output` to fill, which becomes `output` at the end; on an error nothing has changed."""
-    if output.exists() and not (output.is_dir() and (overwrite or not any(output.iterdir()))):
-        remedy = "It is not a folder." if not output.is_dir() else "Choose another --output, or pass --overwrite."
-        raise ConversionError(f"{output} exists and holds something. {remedy}")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    previous = output.with_name(f".{output.name}.{os.getpid()}.previous")
-    partial.mkdir()
-    try:
-        yield partial
-        if output.exists():
-            output.rename(previous)
-        partial.rename(output)
-    except BaseException:
-        if previous.exists():
-            previous.rename(output)
-        shutil.rmtree(partial)
-        raise
-    shutil.rmtree(previous, ignore_errors=True)
 
 
 def write_generation_config(gemma: Source, config: TheWorldConfig, folder: Path) -> None:
@@ -577,26 +544,18 @@ def convert(
             `world_first` of [`TheWorldConfig`].
 
     Raises:
-        ConversionError: If a source is not what it should be, or `output` may not be written.
+        CheckpointError: If a source is not what it should be, or `output` may not be written.
         StrictDataclassError: If the fields contradict each other; see [`TheWorldConfig`].
     """
     for source in (vae.folder.resolve(), gemma.folder.resolve()):
         if output.resolve() in (source, *source.parents):
-            raise ConversionError(f"--output {output} would replace the source {source}. Choose another.")
+            raise CheckpointError(f"--output {output} would replace the source {source}. Choose another.")
 
     with complete_or_absent(output.absolute(), overwrite) as folder:
-        world_config, text_config = read_world_config(vae), read_text_config(gemma)
-        vocab_size = text_config.vocab_size
         tokenizer = add_world_tokens(gemma)
         layout |= read_vision_fields(gemma, dtype) if vision else {}
-        config = build_config(world_config, text_config, tokenizer, image_size, dtype, **layout)
-        vae_checkpoint = Checkpoint.open(vae.folder, "diffusion_pytorch_model")
-        gemma_checkpoint = Checkpoint.open(gemma.folder, "model")
-        with torch.device("meta"):
-            model = TheWorldForConditionalGeneration(config)
-        map_key = partial(map_gemma_key, vision=vision)
-        plan = plan_tensors(model, vocab_size, [(vae_checkpoint, map_vae_key), (gemma_checkpoint, map_key)])
-
+        config = build_config(vae, gemma, tokenizer, image_size, dtype, **layout)
+        plan = plan_conversion(vae, gemma, config)
         write_shards(folder, plan, DTYPES[dtype])
         config.save_pretrained(folder)
         build_processor(config, tokenizer, image_size, gemma).save_pretrained(folder)
@@ -604,7 +563,7 @@ def convert(
         for file in MODEL_FILES:
             shutil.copyfile(HERE / file, folder / file)
         write_card(folder, vae, gemma, config, title or output.name)
-        return Report(
+        report = Report(
             parameters={
                 part: count
                 for part, prefix in PARTS.items()
@@ -612,19 +571,21 @@ def convert(
             },
             dtype=DTYPES[dtype],
             dropped=plan.dropped,
-            latent_difference=largest_latent_difference(vae, vae_checkpoint, folder, config),
+            latent_difference=largest_latent_difference(vae, folder, config),
         )
+        write_sums(folder)
+        return report
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Join a Wan VAE and a Gemma into a TheWorld checkpoint.")
     add = parser.add_argument
-    add("--vae", required=True, metavar="DIR_OR_REPO", help="a diffusers AutoencoderKLWan, or a pipeline that has one")
+    add("--vae", metavar="DIR_OR_REPO", help="a diffusers AutoencoderKLWan, or a pipeline that has one")
     add("--vae-subfolder", default="vae", metavar="NAME", help="the pipeline's VAE (%(default)s); '' if there is none")
     add("--vae-revision", metavar="REVISION", help="branch, tag or commit on the Hub")
-    add("--gemma", required=True, metavar="DIR_OR_REPO", help="a Gemma, Gemma 2 or Gemma 3 in transformers' format")
+    add("--gemma", metavar="DIR_OR_REPO", help="a Gemma, Gemma 2 or Gemma 3 in transformers' format")
     add("--gemma-revision", metavar="REVISION", help="branch, tag or commit on the Hub")
-    add("--output", required=True, type=Path, metavar="DIR", help="the folder to write")
+    add("--output", type=Path, metavar="DIR", help="the folder to write")
     add("--image-size", type=int, default=512, metavar="PIXELS", help="side that images are resized to (%(default)s)")
     add("--projector-type", choices=["linear", "mlp"], default="linear", help="latents to Gemma's width (%(default)s)")
     add(
@@ -646,15 +607,31 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--dtype", choices=list(DTYPES), default="bfloat16", help="of the written weights (%(default)s)")
     add("--push-to-hub", metavar="ORG/NAME", help="upload the finished folder to this Hub repo")
     add("--overwrite", action="store_true", help="replace what --output holds")
-    return parser.parse_args(arguments)
+    add(
+        "--verify",
+        type=Path,
+        metavar="DIR",
+        help="write nothing; check this checkpoint, against --vae and --gemma if given",
+    )
+    args = parser.parse_args(arguments)
+    if args.verify is None and None in (args.vae, args.gemma, args.output):
+        parser.error("--vae, --gemma and --output are required, but for --verify")
+    if args.verify is not None and (args.vae is None) != (args.gemma is None):
+        parser.error("--verify compares with both --vae and --gemma, or with neither")
+    return args
 
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     try:
+        vae = args.vae and fetch_vae(args.vae, args.vae_revision, args.vae_subfolder)
+        gemma = args.gemma and fetch_gemma(args.gemma, args.gemma_revision)
+        if args.verify is not None:
+            print(verify_conversion(args.verify, vae, gemma))
+            return 0
         report = convert(
-            fetch_vae(args.vae, args.vae_revision, args.vae_subfolder),
-            fetch_gemma(args.gemma, args.gemma_revision),
+            vae,
+            gemma,
             args.output,
             image_size=args.image_size,
             dtype=args.dtype,

@@ -16,7 +16,7 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoModel, AutoProcessor, BatchFeature, PreTrainedModel, ProcessorMixin
 from transformers.generation import BaseStreamer
 
@@ -163,21 +163,29 @@ def read_input(args: argparse.Namespace) -> tuple[Image.Image, list[Question]]:
     if args.scene is not None:
         scene = draw_scene(args.scene)
         return scene.image, scene.questions[:QUESTIONS_PER_SCENE]
-    picture = Image.open(args.picture)
-    picture.load()
-    return picture if modality_of(picture) is VIDEO else picture.convert("RGB"), [
-        Question("given", text, "") for text in args.questions
-    ]
+    try:
+        picture = Image.open(args.picture)
+        picture.load()
+        if modality_of(picture) is IMAGE:
+            picture = ImageOps.exif_transpose(picture)
+    except Exception as error:  # each of Pillow's decoders has errors of its own
+        raise ValueError(f"{args.picture} cannot be read as a picture: {error}") from error
+    return picture, [Question("given", text, "") for text in args.questions]
 
 
 def main() -> int:
     args = parse_arguments()
     try:
-        picture, questions = read_input(args)
-    except OSError as error:
-        print(f"demo.py: error: {args.picture} cannot be read as a picture: {error}", file=sys.stderr)
+        show(args)
+    except (OSError, ValueError) as error:
+        print(f"demo.py: error: {error}", file=sys.stderr)
         return 1
+    return 0
 
+
+def show(args: argparse.Namespace) -> None:
+    """Answers the questions, and draws what was looked at."""
+    picture, questions = read_input(args)
     times = StageTimes()
     with times.stage("load the model"):
         model = AutoModel.from_pretrained(args.model, trust_remote_code=True).eval()
@@ -202,7 +210,6 @@ def main() -> int:
             latents = latents[:, -1]
         draw(picture, looks, latents).save(args.save)
         print(f"\nDrawn in  {args.save}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, Wa
 from torch import nn
 from transformers.utils import torch_compilable_check
 
+from .checks_theworld import check_floating
 from .configuration_theworld import TheWorldEncoderConfig
 from .frames_theworld import use_frame_modules
 
@@ -95,11 +96,11 @@ class TheWorldEncoder(nn.Module):
     def check(self, pixel_values: torch.Tensor) -> None:
         """Raises the errors of `forward` that pixels alone can cause."""
         channels, ratio = self.config.in_channels, self.config.spatial_compression_ratio
-        if not pixel_values.is_floating_point():
-            raise TypeError(
-                f"`pixel_values` must be floating point in [-1, 1], got {pixel_values.dtype}. "
-                "TheWorldProcessor converts images; by hand it is `image / 127.5 - 1`."
-            )
+        check_floating(
+            pixel_values,
+            "`pixel_values` must be floating point in [-1, 1]",
+            "TheWorldProcessor converts images; by hand it is `image / 127.5 - 1`.",
+        )
         shape = tuple(pixel_values.shape)
         if len(shape) not in (4, 5) or shape[-3] != channels or 0 in shape or shape[-2] % ratio or shape[-1] % ratio:
             raise ValueError(

@@ -21,9 +21,10 @@ from dataclasses import dataclass
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, Cache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
@@ -31,9 +32,17 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 
+from .checks_theworld import (
+    check_asked,
+    check_context,
+    check_floating,
+    check_labels,
+    check_latents,
+    check_prompts,
+)
 from .configuration_theworld import TheWorldConfig
 from .encoder_theworld import TheWorldEncoder
-from .streams_theworld import STREAMS, Stream, create_block_masks
+from .streams_theworld import STREAMS, Stream, check_whole, create_block_masks
 
 
 # Attention of the engines that build a model with `AutoModel.from_config` and put their own head on it.
@@ -113,6 +122,42 @@ class TheWorldPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _can_compile_fullgraph = True
     _supports_attention_backend = True
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *args,
+        use_safetensors: bool | None = None,
+        output_loading_info: bool = False,
+        **kwargs,
+    ):
+        """
+        As transformers' own, but it reads no pickle, which could run anything, and makes up no tensor in silence.
+
+        Raises:
+            OSError: If a safetensors file is damaged.
+            ValueError: If the checkpoint lacks tensors of the model, and `output_loading_info` does not ask which; or
+                if `use_safetensors` is False.
+        """
+        if use_safetensors is False:
+            raise ValueError("TheWorld reads safetensors only, got use_safetensors=False. Leave it out.")
+        options = {"use_safetensors": True, "output_loading_info": True, **kwargs}
+        checkpoint = pretrained_model_name_or_path
+        try:
+            model, info = super().from_pretrained(checkpoint, *args, **options)
+        except SafetensorError as error:
+            raise OSError(
+                f"A safetensors file of {checkpoint} is damaged or cut off ({error}). Get it again."
+            ) from error
+        if output_loading_info:
+            return model, info
+        if checkpoint is not None and (missing := sorted(info["missing_keys"])):
+            raise ValueError(
+                f"{checkpoint} lacks {len(missing)} of the model's tensors, such as {missing[0]!r}. Get it again; or, "
+                "to train what is missing, load it with `output_loading_info=True`."
+            )
+        return model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -206,8 +251,15 @@ class TheWorldModel(TheWorldPreTrainedModel):
     def get_latent_features(
         self, world_latents: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple | BaseModelOutputWithPooling:
-        """As `get_image_features` or `get_video_features`, from latents that `get_world_latents` returned."""
-        frames = world_latents.flatten(0, 1) if world_latents.dim() == 5 else world_latents  # those of all videos
+        """
+        As `get_image_features` or `get_video_features`, from latents that `get_world_latents` returned.
+
+        Raises:
+            TypeError: If the latents are not floating point.
+            ValueError: If they are not finite, or of another shape; see [`TheWorldProjector.forward`].
+        """
+        check_latents(world_latents)
+        frames = world_latents.flatten(0, 1) if world_latents.ndim == 5 else world_latents  # those of all videos
         tokens = self.world_projection(frames)
         return BaseModelOutputWithPooling(
             last_hidden_state=world_latents, pooler_output=tokens.reshape(len(world_latents), -1, tokens.shape[-1])
@@ -236,22 +288,25 @@ class TheWorldModel(TheWorldPreTrainedModel):
         return outputs
 
     def _check_vision_pixel_values(self, vision_pixel_values: torch.Tensor):
-        vision, shape = self.config.vision_config, list(vision_pixel_values.shape)
+        vision = self.config.vision_config
         if vision is None:
             raise ValueError(
                 "`vision_pixel_values` came, but this model has no `vision_config`. Convert a Gemma 3 with `--vision`."
             )
-        if not vision_pixel_values.is_floating_point():
-            raise TypeError(
-                f"`vision_pixel_values` must be floating point, got {vision_pixel_values.dtype}. TheWorldProcessor "
-                "makes them."
-            )
+        check_floating(
+            vision_pixel_values, "`vision_pixel_values` must be floating point", "TheWorldProcessor makes them."
+        )
+        shape = list(vision_pixel_values.shape)
         expected = [vision.num_channels, vision.image_size, vision.image_size]
         if len(shape) != 4 or shape[0] == 0 or shape[1:] != expected:
             raise ValueError(
                 f"`vision_pixel_values` must be [C, {', '.join(map(str, expected))}] with one image or more, got "
                 f"{shape}. TheWorldProcessor makes them."
             )
+        torch_compilable_check(
+            vision_pixel_values.isfinite().all(),
+            "`vision_pixel_values` must be finite, but some are NaN or infinite. TheWorldProcessor makes them.",
+        )
 
     def encode_streams(
         self, mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None, **inputs: torch.Tensor | None
@@ -275,7 +330,7 @@ class TheWorldModel(TheWorldPreTrainedModel):
                 raise ValueError(f"Give the {stream.item}s once: as {forms}.")
             for name in came:
                 # An image for a video, or the reverse; what else may be wrong is for the method to say.
-                if inputs[name].dim() in {other.ndim for other in STREAMS} - {stream.ndim}:
+                if getattr(inputs[name], "ndim", None) in {other.ndim for other in STREAMS} - {stream.ndim}:
                     raise ValueError(
                         f"`{name}` must have {stream.ndim} dimensions, got {list(inputs[name].shape)}. "
                         "TheWorldProcessor makes it: of `images` with 4, of `videos` with 5."
@@ -339,18 +394,25 @@ class TheWorldModel(TheWorldPreTrainedModel):
         return mask.unsqueeze(-1)
 
     def put_in_place(
-        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor, tokens: dict[str, torch.Tensor]
+        self,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.Tensor,
+        tokens: dict[str, torch.Tensor],
+        whole: bool,
     ) -> torch.Tensor:
         """
         `inputs_embeds` [batch, S, D] with the streams' tokens in their places.
 
         Raises:
-            ValueError: If tokens and places differ in number, or places came without tokens.
+            ValueError: If tokens and places differ in number, or places came without tokens; or if the images are to
+                be `whole`, and the places of one are apart.
         """
         for stream in self.streams:
             if stream.name in tokens:
                 features = tokens[stream.name].to(inputs_embeds.device, inputs_embeds.dtype)
                 mask = self.get_placeholder_mask(input_ids, inputs_embeds, features, stream)
+                if whole:
+                    check_whole(mask[..., 0], features.shape[1], stream)
                 inputs_embeds = inputs_embeds.masked_scatter(mask, features)
             elif input_ids is not None and input_ids.shape[1] > 1:  # a prompt: decoding goes one token at a time
                 torch_compilable_check(
@@ -390,8 +452,8 @@ class TheWorldModel(TheWorldPreTrainedModel):
         Returns:
             `last_hidden_state` [batch, S, D], and Gemma's other outputs.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        vocab_size = self.config.text_config.vocab_size
+        check_prompts(input_ids, inputs_embeds, attention_mask, past_key_values, vocab_size)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
@@ -405,7 +467,8 @@ class TheWorldModel(TheWorldPreTrainedModel):
         )
         if tokens and token_type_ids is None and self.config.has_two_way_blocks:
             token_type_ids = self.get_token_types(input_ids, inputs_embeds)
-        inputs_embeds = self.put_in_place(input_ids, inputs_embeds, tokens)
+        # What `generate` has encoded it has checked too, and may bring in pieces.
+        inputs_embeds = self.put_in_place(input_ids, inputs_embeds, tokens, whole=mm_encoder_outputs is None)
         attention_mask = create_block_masks(
             self.config, inputs_embeds, attention_mask, past_key_values, position_ids, token_type_ids
         )
@@ -538,9 +601,9 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
             `loss` if labels came, `logits` [batch, S, vocabulary], and Gemma's other outputs.
 
         Raises:
-            TypeError: If `pixel_values` or `vision_pixel_values` is not floating point.
-            ValueError: If images and their places differ in number, images come twice, or their shape or range is
-                wrong.
+            TypeError: If images, videos or their latents are not floating point, or ids or labels not integers.
+            ValueError: If images or videos and their places differ in number, come twice, or have another shape or
+                range; if ids or labels are outside the vocabulary; if the mask does not cover the prompts.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -568,6 +631,7 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
 
         loss = None
         if labels is not None:
+            check_labels(labels, logits)
             loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
 
         return TheWorldCausalLMOutputWithPast(
@@ -579,6 +643,19 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
             image_hidden_states=outputs.image_hidden_states,
             video_hidden_states=outputs.video_hidden_states,
         )
+
+    def _prepare_generated_length(
+        self, generation_config: GenerationConfig, *, input_ids_length: int, inputs_tensor: torch.Tensor, **kwargs
+    ) -> GenerationConfig:
+        """As transformers' own; an answer ends where Gemma's context does, beyond which it would make no sense."""
+        context, length = self.config.text_config.max_position_embeddings, inputs_tensor.shape[1]
+        check_context(length, context)
+        generation_config = super()._prepare_generated_length(
+            generation_config, input_ids_length=input_ids_length, inputs_tensor=inputs_tensor, **kwargs
+        )
+        # `max_length` does not count prompts that came as embeddings.
+        generation_config.max_length = min(generation_config.max_length, context - length + input_ids_length)
+        return generation_config
 
     def prepare_inputs_for_generation(
         self,
@@ -623,13 +700,8 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
         for stream in (stream for stream in STREAMS if stream.name in tokens):
             features = tokens[stream.name]
             mask = self.model.get_placeholder_mask(prompts, inputs_embeds, features, stream)
-            places, places_per_image = mask.sum((1, 2)), features.shape[1]
-            if (places % places_per_image).any():
-                raise ValueError(
-                    f"Each {stream.item}'s {places_per_image} `{stream.token}` places must be in one prompt, but the "
-                    f"prompts have {places.tolist()}."
-                )
-            by_prompt = features.split((places // places_per_image).tolist())
+            check_whole(mask[..., 0], features.shape[1], stream)
+            by_prompt = features.split((mask.sum((1, 2)) // features.shape[1]).tolist())
             repeated = torch.cat([images.repeat(times, 1, 1) for images in by_prompt])
             outputs[stream.name] = BaseModelOutputWithPooling(pooler_output=repeated)
         return outputs
@@ -647,6 +719,7 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
         A prompt's images stay together. What a cache holds was read with its images: those that come now are for the
         rest of the prompt.
         """
+        check_asked(input_ids, model_kwargs.get("attention_mask"), self.config.text_config.vocab_size)
         names = ["mm_encoder_outputs", *(name for stream in STREAMS for name in stream.inputs)]
         tokens = self.model.encode_streams(**{name: model_kwargs.pop(name, None) for name in names})
         if tokens:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from conversations import load_conversations
-from convert_weights import complete_or_absent
+from theworld.folders import complete_or_absent
 
 
 MANIFEST = "manifest.json"
@@ -134,8 +134,7 @@ def encode(model: PreTrainedModel, processor: ProcessorMixin, images: list) -> t
     """Latents [B, z, h, w] of images, in float32."""
     batches = []
     for start in range(0, len(images), IMAGES_AT_ONCE):
-        some = [image.convert("RGB") for image in images[start : start + IMAGES_AT_ONCE]]
-        pixel_values = processor.image_processor(some, return_tensors="pt").pixel_values
+        pixel_values = processor(images=images[start : start + IMAGES_AT_ONCE], return_tensors="pt")["pixel_values"]
         with torch.no_grad():
             batches.append(model.get_world_latents(pixel_values.to(model.device)).float().cpu())
     return torch.cat(batches) if batches else torch.empty(0)

@@ -4,13 +4,19 @@ Text, images and videos to TheWorld's inputs: one `<world>` in a prompt becomes 
 and of Gemma 3's own image tokens where the model has them; one `<world_video>` those of a video's.
 """
 
+# First: it names a transformers that lacks what follows.
+from .versions_theworld import TESTED  # noqa: F401 # isort: skip
+
 import torch
+from jinja2 import TemplateError
 from transformers import BatchFeature, Gemma3Processor, ProcessorMixin, SiglipImageProcessorPil
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorKwargs, Gemma3ImageProcessorPil
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs
 from transformers.video_utils import VideoInput, VideoMetadataType
 
+from .checks_theworld import check_text
+from .images_theworld import read_images
 from .videos_theworld import count_videos_by_prompt, fill_up, flatten_metadata, flatten_videos, read_video
 
 
@@ -61,6 +67,23 @@ def flatten_images(images: ImageInput | None) -> list:
 def time_stamp(seconds: float) -> str:
     """The text before a latent frame of a video: when it was, to the millisecond."""
     return f"{seconds:.3f}s"
+
+
+def list_latents(world_latents: torch.Tensor | list) -> list:
+    """Latents as a list of [z, h, w], or of a list of those for each prompt; raises a `ValueError` for others."""
+
+    def is_list(entry):
+        return isinstance(entry, list | tuple) or (isinstance(entry, torch.Tensor) and entry.ndim == 4)
+
+    entries = [list(entry) if is_list(entry) else entry for entry in world_latents]
+    flat = [each for entry in entries for each in (entry if isinstance(entry, list) else [entry])]
+    found = {str(list(each.shape)) if isinstance(each, torch.Tensor) else type(each).__name__ for each in flat}
+    if len(found) > 1 or not all(isinstance(each, torch.Tensor) and each.ndim == 3 for each in flat):
+        raise ValueError(
+            f"`world_latents` must be tensors [z, h, w], one for each image, all of one size, got "
+            f"{', '.join(sorted(found))}. `get_world_latents` returns them for a batch of images."
+        )
+    return entries
 
 
 class TheWorldProcessor(ProcessorMixin):
@@ -152,11 +175,13 @@ class TheWorldProcessor(ProcessorMixin):
         are, so that none is lost. Each latent frame's places have the time of its last frame before them, as "0.500s".
 
         Args:
-            images: An image, a list of the images of all prompts, or a list of images for each prompt.
+            images: An image in any form that `read_image` reads, a list of the images of all prompts, or a list of
+                images for each prompt.
             text: A prompt or several, with one `<world>` for each image and one `<world_video>` for each video.
             videos: A video, a list of the videos of all prompts, or a list of videos for each prompt. A video is a
                 list of PIL images or of arrays [H, W, 3], an array [T, H, W, 3], an animated PIL image, or the name of
                 a file: a GIF, PNG or WebP, or what `transformers.video_utils.load_video` reads, with PyAV installed.
+                Each frame is read as an image is.
             world_latents: In place of `images`: latents of images, as the model's `get_world_latents` returns them,
                 [B, z, h, w]; or a list of [z, h, w], or a list of those for each prompt.
             kwargs: The tokenizer's and the image processors', and those of videos: `fps`, and `video_metadata`, whose
@@ -170,19 +195,40 @@ class TheWorldProcessor(ProcessorMixin):
             [V, T, 3, H, W]; with vision, `vision_pixel_values` and `token_type_ids` as well.
 
         Raises:
-            TypeError: If something among the videos is no video.
-            ValueError: If images and `<world>`, or videos and `<world_video>`, differ in number, images come twice,
-                videos of one call differ in length, or the tower, which reads no latents, would get them.
+            TypeError: If `text` is no text, or something among the images or videos is none.
+            ValueError: If images and `<world>`, or videos and `<world_video>`, differ in number, images come twice, or
+                one cannot be read; videos of one call differ in length, or the tower, which reads no latents, would
+                get them.
         """
+        check_text(text)
         if world_latents is not None:
             if images is not None:
                 raise ValueError("Give the images once: as `images` or as `world_latents`.")
             kwargs["images_kwargs"] = {**kwargs.get("images_kwargs", {}), "encoded": True}
-            images = list(world_latents) if isinstance(world_latents, torch.Tensor) else world_latents
+            images = list_latents(world_latents)
         inputs = super().__call__(images=images, text=text, videos=videos, **kwargs)
         if self.vision_settings is not None and "input_ids" in inputs:
             inputs["token_type_ids"] = self.create_token_type_ids(inputs["input_ids"])
         return inputs
+
+    def apply_chat_template(self, conversation: list[dict] | list[list[dict]], *args, **kwargs):
+        """
+        As transformers' own.
+
+        Raises:
+            ValueError: If the template does not take the conversation: its turns do not alternate, or a text in it
+                holds a token that stands for an image or a video, which nobody who types in a chat is to write.
+        """
+        try:
+            return super().apply_chat_template(conversation, *args, **kwargs)
+        except TemplateError as error:
+            raise ValueError(str(error)) from error
+
+    def prepare_inputs_layout(self, images: ImageInput | None = None, text: str | list[str] | None = None, **kwargs):
+        """As transformers' own, with the images as RGB, however they came."""
+        if images is not None and not kwargs.get("images_kwargs", {}).get("encoded"):
+            images = read_images(images, kwargs.get("input_data_format"))
+        return super().prepare_inputs_layout(images=images, text=text, **kwargs)
 
     def create_token_type_ids(self, input_ids):
         """1 in the places of Gemma's own image tokens, as Gemma 3's processor; 2 in those of world tokens; else 0."""
@@ -210,8 +256,6 @@ class TheWorldProcessor(ProcessorMixin):
                 "convert_weights.py."
             )
         if text is not None:
-            if not all(isinstance(prompt, str) for prompt in text):
-                raise ValueError("`text` must be a string or a list of strings.")
             by_prompt = [len(of_prompt) for of_prompt in images] if grouped_by_prompt(images) else None
             self._check_places(text, self.image_token, "image", len(flatten_images(images)), by_prompt)
             self._check_places(
@@ -269,12 +313,6 @@ class TheWorldProcessor(ProcessorMixin):
 
     def _process_latents(self, images: list[torch.Tensor], **kwargs) -> tuple[dict, list[str]]:
         """`world_latents`, and the text that stands for each image's world tokens."""
-        shapes = {tuple(latents.shape) for latents in images}
-        if len(shapes) > 1 or len(shapes.pop()) != 3:
-            raise ValueError(
-                f"`world_latents` must be [z, h, w] for each image, all of one size, got "
-                f"{[list(latents.shape) for latents in images]}."
-            )
         inputs = {"world_latents": torch.stack(images)}
         return inputs, [self.replace_image_token(inputs, number) for number in range(len(images))]
 
@@ -308,7 +346,8 @@ class TheWorldProcessor(ProcessorMixin):
         kwargs = {**kwargs, "return_tensors": "pt"}
         pixel_values, texts = [], []
         for video, known in zip(videos, metadata, strict=True):
-            frames, times = fill_up(*read_video(video, fps, known), self.temporal_compression_ratio)
+            frames, times = read_video(video, fps, known, kwargs.get("input_data_format"))
+            frames, times = fill_up(frames, times, self.temporal_compression_ratio)
             pixel_values.append(self.image_processor(frames, **kwargs)["pixel_values"])
             places = self._places(self.video_token, *pixel_values[-1].shape[-2:])
             texts.append("".join(time_stamp(time) + places for time in times[:: self.temporal_compression_ratio]))

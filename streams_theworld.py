@@ -33,6 +33,7 @@ class Stream:
         kind: What messages call its tokens.
         token: Its places in a prompt.
         type_id: Its `token_type_ids`.
+        side_by_side: Whether the places of an image stand side by side; between a video's are times.
         inputs: Arguments of `forward` that bring it, each with the method of TheWorldModel that makes tokens of it.
     """
 
@@ -42,6 +43,7 @@ class Stream:
     kind: str
     token: str
     type_id: int
+    side_by_side: bool
     inputs: dict[str, str]
 
     def token_id(self, config: TheWorldConfig) -> int | None:
@@ -57,6 +59,7 @@ STREAMS = (
         kind="world",
         token="<world>",
         type_id=WORLD_TYPE,
+        side_by_side=True,
         inputs={"pixel_values": "get_image_features", "world_latents": "get_latent_features"},
     ),
     Stream(
@@ -66,6 +69,7 @@ STREAMS = (
         kind="Gemma's own",
         token="<image_soft_token>",
         type_id=VISION_TYPE,
+        side_by_side=True,
         inputs={"vision_pixel_values": "get_vision_features"},
     ),
     Stream(
@@ -75,9 +79,33 @@ STREAMS = (
         kind="world",
         token="<world_video>",
         type_id=WORLD_TYPE,
+        side_by_side=False,
         inputs={"pixel_values_videos": "get_video_features", "world_latents_videos": "get_latent_features"},
     ),
 )
+
+
+def check_whole(mask: torch.Tensor, tokens_per_item: int, stream: Stream) -> None:
+    """
+    Checks that each image or video has its places in one prompt, so that none reaches into another prompt.
+
+    Args:
+        mask: [batch, S], True at the stream's places; its tokens fill them in reading order.
+        tokens_per_item: Tokens an image or a video.
+
+    Raises:
+        ValueError: If the places of one are in two prompts, or apart where they are to be side by side.
+    """
+    number_in_item = (mask.flatten().cumsum(0).view(mask.shape) - 1) % tokens_per_item
+    goes_on = F.pad(mask[:, :-1], (1, 0)) if stream.side_by_side else mask.cumsum(1) > 1
+    torch_compilable_check(
+        ~(mask & (number_in_item > 0) & ~goes_on).any(),
+        lambda: (
+            f"Each {stream.item}'s {tokens_per_item} `{stream.token}` places must be in one prompt, but the prompts "
+            f"have {mask.sum(-1).tolist()}{', not all of one side by side' if stream.side_by_side else ''}. "
+            "TheWorldProcessor makes them of one `<world>` an image and one `<world_video>` a video."
+        ),
+    )
 
 
 def create_block_masks(

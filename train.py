@@ -10,24 +10,38 @@ Fine-tunes a TheWorld checkpoint by TRL's SFTTrainer.
 Besides the options of `Arguments` below it takes those of TRL's SFTConfig, all of them also by `--config FILE.yaml`.
 """
 
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
 from accelerate import Accelerator, ParallelismConfig
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModel, AutoProcessor, PreTrainedModel, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 from conversations import ConversationCollator, load_conversations
 from precompute_latents import checkpoint_folder, encoder_tensors, is_latents, load_latents
+from theworld.folders import (
+    beside,
+    check_replaceable,
+    hold,
+    keep_others,
+    put_in_place,
+    restore_or_remove_abandoned,
+    write_sums,
+)
 
 
 GEMMA_MATRICES = r".*\.language_model\.layers\..*_proj"
@@ -74,19 +88,71 @@ class AbsentEncoder(nn.Module):
 
 
 class Trainer(SFTTrainer):
-    """`SFTTrainer`; a checkpoint that cannot be written leaves nothing behind, and a whole one has its encoder."""
+    """
+    `SFTTrainer`, whose saves are complete or absent, whenever the process dies, and carry the sums of their files.
 
-    def _save_checkpoint(self, model: nn.Module, trial: None) -> None:
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+    What is saved is written beside the run's folder first. A whole checkpoint has its encoder.
+    """
+
+    partial: Path | None = None
+
+    def _get_output_dir(self, trial: None) -> str:
+        return super()._get_output_dir(trial) if self.partial is None else str(self.partial)
+
+    @contextmanager
+    def written_beside(self, output: Path, name: str) -> Iterator[Path]:
+        """A folder beside `output` for all processes to fill; if `name` fails it goes, and `output` is as it was."""
+        if self.is_world_process_zero():
+            restore_or_remove_abandoned(output)
+        (partial,) = broadcast_object_list([beside(output, "partial")])
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = hold(partial)
         try:
-            super()._save_checkpoint(model, trial)
+            yield partial
         except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            kept = sorted(each.name for each in folder.parent.glob("checkpoint-*"))
+            kept = sorted(each.name for each in output.glob("checkpoint-*"))
             raise OSError(
-                f"{folder} could not be written ({error}), and was removed. "
+                f"{name} could not be written ({error}), and was removed. "
                 f"Go on later with --resume_from_checkpoint; there is {', '.join(kept) or 'no checkpoint yet'}."
             ) from error
+        finally:
+            if lock is not None:
+                os.close(lock)
+            if self.is_world_process_zero():
+                shutil.rmtree(partial, ignore_errors=True)
+
+    def _save_checkpoint(self, model: nn.Module, trial: None) -> None:
+        run, name = Path(super()._get_output_dir(trial)).absolute(), f"checkpoint-{self.state.global_step}"
+        with self.written_beside(run, name) as self.partial:
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                written, self.partial = self.partial / name, None
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                if self.state.best_model_checkpoint == str(written):
+                    self.state.best_model_checkpoint = str(run / name)
+                    self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+                write_sums(written)
+                run.mkdir(parents=True, exist_ok=True)
+                put_in_place(written, run / name, overwrite=True)
+                best = self.state.best_model_checkpoint
+                rotate_checkpoints(str(run), self.args.save_total_limit, best_model_checkpoint=best, use_mtime=True)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if _internal_call:
+            super().save_model(output_dir, _internal_call)
+            return
+        output = Path(output_dir or self.args.output_dir).absolute()
+        with self.written_beside(output, "The trained model") as partial:
+            super().save_model(str(partial), _internal_call=True)
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                write_sums(partial)
+                keep_others(output, partial)
+                put_in_place(partial, output, overwrite=True)
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model)
@@ -159,17 +225,19 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Arguments, SFTC
 
 def main(arguments: list[str] | None = None, callbacks: Sequence[TrainerCallback] = ()) -> Trainer:
     args, config = parse_arguments(arguments)
+    check_replaceable(Path(config.output_dir).absolute())
     train_dataset, eval_dataset = load_data(args)
     model = load_model(args)
     if is_latents(args.dataset):
         model.model.world_encoder = AbsentEncoder()
     processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
+    context = model.config.text_config.max_position_embeddings
     trainer = Trainer(
         choose_parts(model, args),
         args=config,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        data_collator=ConversationCollator(processor, config.max_length),
+        data_collator=ConversationCollator(processor, min(config.max_length or context, context)),
         processing_class=processor,
         callbacks=list(callbacks),
     )

@@ -13,15 +13,25 @@ import torch
 from PIL import Image, ImageSequence
 from transformers.video_utils import VideoMetadataType, load_video
 
+from .images_theworld import open_image, read_image
+
 
 # What PIL reads; other files need a decoder of videos.
 ANIMATIONS = (".gif", ".png", ".webp")
 
 
+def is_animation(item: Any) -> bool:
+    """Whether `item` is an image of PIL's with several frames."""
+    try:
+        return getattr(item, "n_frames", 1) > 1
+    except Exception:  # damaged, where Pillow counts them; `read_animation` says after which
+        return True
+
+
 def is_frame(item: Any) -> bool:
     """Whether `item` is one picture: of PIL's and not an animation, or an array of three dimensions."""
     if isinstance(item, Image.Image):
-        return getattr(item, "n_frames", 1) == 1
+        return not is_animation(item)
     return getattr(item, "ndim", 0) == 3
 
 
@@ -29,7 +39,7 @@ def is_video(item: Any) -> bool:
     """Whether `item` is one video: a file's name, an animation, an array [T, ..], or a list of frames."""
     if isinstance(item, list | tuple):
         return len(item) > 0 and all(is_frame(frame) for frame in item)
-    return isinstance(item, str | Path) or getattr(item, "n_frames", 1) > 1 or getattr(item, "ndim", 0) == 4
+    return isinstance(item, str | Path) or is_animation(item) or getattr(item, "ndim", 0) == 4
 
 
 def flatten_videos(videos: Any) -> list:
@@ -89,7 +99,9 @@ def sample_frames(times: torch.Tensor, fps: float) -> torch.Tensor:
     return torch.searchsorted(times - times[0], steady + 1e-6, right=True) - 1
 
 
-def read_video(video: Any, fps: float, metadata: Mapping | None = None) -> tuple[Sequence, torch.Tensor]:
+def read_video(
+    video: Any, fps: float, metadata: Mapping | None = None, input_data_format: str | None = None
+) -> tuple[list[Image.Image], torch.Tensor]:
     """
     The frames of a video at a steady rate.
 
@@ -99,34 +111,48 @@ def read_video(video: Any, fps: float, metadata: Mapping | None = None) -> tuple
         fps: Frames a second that are wanted.
         metadata: Says in `fps` how many frames a second an array or a list has; without it they are taken to be at the
             wanted rate already, and none is left out.
+        input_data_format: As `read_image` takes it, for frames that are arrays.
 
     Returns:
-        The frames, and when each was, in seconds.
+        The frames, each as `read_image` reads it, and when each was, in seconds.
 
     Raises:
-        ValueError: If a rate is not positive.
+        TypeError: If a frame is an array of another dtype than uint8.
+        ValueError: If a rate is not positive, there is no frame, or one cannot be read; see `read_image`.
     """
     own_fps = (metadata or {}).get("fps") or fps
     if not (fps > 0 and own_fps > 0):
         raise ValueError(f"`fps` must be positive, got {fps}, and {own_fps} in `video_metadata`.")
     if isinstance(video, str | Path) and Path(video).suffix.lower() in ANIMATIONS:
-        with Image.open(video) as animation:
+        with open_image(str(video)) as animation:
             return read_video(animation, fps)
     if isinstance(video, str | Path):
         frames, _ = load_video(
             str(video), sample_indices_fn=lambda of, **_: sample_frames(times_of(of.total_num_frames, of.fps), fps)
         )
-        return frames, times_of(len(frames), fps)
+        return [read_image(frame, "channels_last") for frame in frames], times_of(len(frames), fps)
     if isinstance(video, Image.Image):
-        frames, lasts = [], []
-        for frame in ImageSequence.Iterator(video):
-            frames.append(frame.convert("RGB"))
-            lasts.append(frame.info.get("duration", 100) / 1000)
-        begins = torch.tensor([0.0, *lasts[:-1]], dtype=torch.float64).cumsum(0)
+        frames, begins = read_animation(video)
     else:
         frames, begins = video, times_of(len(video), own_fps)
+    if len(frames) == 0:
+        raise ValueError("A video must have one frame or more, got none.")
     chosen = sample_frames(begins, fps)
-    return [frames[index] for index in chosen], times_of(len(chosen), fps)
+    return [read_image(frames[index], input_data_format) for index in chosen], times_of(len(chosen), fps)
+
+
+def read_animation(animation: Image.Image) -> tuple[list[Image.Image], torch.Tensor]:
+    """All frames of an animation, and when each begins, in seconds."""
+    frames, lasts = [], []
+    try:
+        for frame in ImageSequence.Iterator(animation):  # the same object each time
+            frames.append(read_image(frame).copy())
+            lasts.append(frame.info.get("duration", 100) / 1000)
+    except ValueError:
+        raise
+    except Exception as error:  # on the way to the next frame; each of Pillow's decoders has errors of its own
+        raise ValueError(f"The animation breaks off after {len(frames)} frame(s): {error}. Get it again.") from None
+    return frames, torch.tensor([0.0, *lasts[:-1]], dtype=torch.float64).cumsum(0)
 
 
 def fill_up(frames: Sequence, times: torch.Tensor, ratio: int) -> tuple[list, torch.Tensor]:

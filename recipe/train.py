@@ -13,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from theworld.convert_weights import Source, complete_or_absent, convert
+from theworld.convert_weights import Source, convert
+from theworld.folders import complete_or_absent
 
 from . import align, gemma, vae, watch
 from .figures import draw_curves

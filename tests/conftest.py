@@ -1,5 +1,6 @@
 """Fixtures: small sources in real formats, the checkpoints converted from them, and no network."""
 
+import functools
 import os
 import tempfile
 
@@ -20,7 +21,7 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
-from tiny_sources import TEXT_CONFIGS, make_gemma, make_pipeline  # noqa: E402
+from tiny_sources import TEXT_CONFIGS, make_gemma, make_multimodal_gemma, make_pipeline  # noqa: E402
 from transformers import AutoModel, AutoProcessor  # noqa: E402
 
 import convert_weights  # noqa: E402
@@ -45,7 +46,7 @@ def chat(processor, image: Image.Image, *turns: str):
 @pytest.fixture(autouse=True)
 def compiler_that_remembers_nothing(request):
     """What earlier tests compiled counts towards dynamo's limit, after which it compiles no more."""
-    if "compile" in request.node.name:
+    if "compil" in request.node.name:  # compiles, compilation
         torch.compiler.reset()
 
 
@@ -73,6 +74,27 @@ def convert(sources, tmp_path_factory):
             assert convert_weights.main([*arguments, *defaults, *options]) == 0
             folders[key] = folder
         return folders[key]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def gemma_folder(tmp_path_factory) -> Path:
+    """A Gemma 3 with its own vision."""
+    return make_multimodal_gemma(tmp_path_factory.mktemp("multimodal") / "gemma3")
+
+
+@pytest.fixture(scope="session")
+def convert_whole(sources, gemma_folder, tmp_path_factory):
+    """Converts the Gemma 3 with its vision, with options; the same options give the same folder."""
+
+    @functools.cache
+    def run(*options: str) -> Path:
+        folder = tmp_path_factory.mktemp("whole") / "theworld"
+        arguments = ["--vae", str(sources / "pipeline"), "--gemma", str(gemma_folder), "--output", str(folder)]
+        defaults = ["--image-size", "64", "--dtype", "float32", "--vision"]
+        assert convert_weights.main([*arguments, *defaults, *options]) == 0
+        return folder
 
     return run
 

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import convert_weights
-from convert_weights import ConversionError, map_gemma_key, map_vae_key
+from convert_weights import CheckpointError, map_gemma_key, map_vae_key
 from theworld import TheWorldForConditionalGeneration
 
 
@@ -96,7 +96,7 @@ def test_gemma_keys(key, name):
 
 @pytest.mark.parametrize("map_key", [map_vae_key, map_gemma_key])
 def test_unknown_keys_are_errors(map_key):
-    with pytest.raises(ConversionError, match="has a tensor 'transformer.wte.weight'"):
+    with pytest.raises(CheckpointError, match="has a tensor 'transformer.wte.weight'"):
         map_key("transformer.wte.weight")
 
 
@@ -116,12 +116,15 @@ def test_weights_arrive_bit_for_bit(sources, checkpoint):
 def test_the_folder_is_a_complete_model_repo(checkpoint):
     assert {path.name for path in checkpoint.iterdir()} == {
         "README.md",
+        "SHA256SUMS",
         "chat_template.jinja",
+        "checks_theworld.py",
         "config.json",
         "configuration_theworld.py",
         "encoder_theworld.py",
         "frames_theworld.py",
         "generation_config.json",
+        "images_theworld.py",
         "model.safetensors",
         "modeling_theworld.py",
         "processing_theworld.py",
@@ -129,6 +132,7 @@ def test_the_folder_is_a_complete_model_repo(checkpoint):
         "streams_theworld.py",
         "tokenizer.json",
         "tokenizer_config.json",
+        "versions_theworld.py",
         "videos_theworld.py",
     }
     template = (convert_weights.HERE / "chat_template.jinja").read_text()
@@ -398,6 +402,13 @@ SPOILED = {
         "gemma2",
         lambda folder: edit_tensors(folder / "model.safetensors", lambda tensors: tensors.update(extra=torch.ones(1))),
         "has a tensor 'extra', which no Gemma text model has",
+    ),
+    "a tied head that is another": (
+        "gemma2",
+        lambda folder: edit_tensors(
+            folder / "model.safetensors", lambda tensors: tensors.update({"lm_head.weight": torch.ones(512, 64)})
+        ),
+        "'lm_head.weight' and 'model.embed_tokens.weight' differ, but config.json ties them",
     ),
     "a layer too many": (
         "gemma2",

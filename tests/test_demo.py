@@ -42,6 +42,16 @@ def test_the_demo_shows_prompt_counts_answer_and_times(convert):
         assert re.search(rf"{stage}.* \d+\.\d ms", printed), stage
 
 
+def test_a_photograph_is_shown_and_read_upright(convert, tmp_path):
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "turned.jpg", exif=turned)
+    arguments = ["--model", str(convert("gemma2")), "--save", str(tmp_path / "drawn.png")]
+    assert "30x40 pixels" in run_demo(str(tmp_path / "turned.jpg"), "who?", *arguments)
+    with Image.open(tmp_path / "drawn.png") as drawn:
+        assert drawn.width > 2 * 256
+
+
 def test_make_demo_gives_three_right_answers(shown_scene, tmp_path):
     command = re.search(r"demo.py assets/scene.png (.*?) --save", (ROOT / "Makefile").read_text()).group(1)
     questions = re.findall(r'"([^"]*)"', command)

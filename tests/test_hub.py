@@ -1,6 +1,7 @@
 """Pins the Hub: pushed, loaded by name and commit, offline, with changed code, over broken connections."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,10 @@ from transformers import AutoModel
 
 ROOT = Path(__file__).parent.parent
 NAME = "org/theworld"
+# The README's two ways to load a commit.
+PINNED = re.search(
+    r"```python\n[^`]*COMMIT.*COMMIT[^`]*```", (ROOT / "README.md").read_text(), flags=re.DOTALL
+).group()
 
 PUSH = """
 import sys
@@ -108,6 +113,16 @@ def test_a_commit_is_loaded_by_name_then_offline_and_a_later_one_with_its_own_co
     answers = run_fresh("-c", ASK, NAME, PICTURE, "main", first_commit, cache=tmp_path).splitlines()
     assert answers == ["2 second", "2 first"]
     assert not hub.downloads
+
+
+def test_the_readmes_lines_pin_a_commit_and_run_its_code_or_the_packages(hub, first_commit, tmp_path):
+    commit = PINNED.replace("ORG/NAME", NAME).replace("COMMIT", first_commit)
+    modules = [
+        run_fresh("-c", f"{code}print(type(model).__module__)", cache=tmp_path).strip()
+        for code in re.findall(r"```python\n(.*?)```", commit, flags=re.DOTALL)
+    ]
+    assert modules[0].startswith("transformers_modules.") and first_commit in modules[0]
+    assert modules[1] == "theworld.modeling_theworld"
 
 
 def test_a_download_goes_on_where_its_connection_broke(hub, first_commit, tmp_path):

@@ -6,8 +6,13 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from bad_inputs import BAD_INPUTS
 from huggingface_hub import ModelCard
+from reliability import PARTS
+from reliability import RESULTS as RELIABILITY
+from reliability import as_table as as_counts
 from test_demo import run_demo
+from test_hub import PINNED
 from test_run_it import RUN_IT
 from test_video import SECTION as VIDEO
 from test_vision import SECTION as VISION
@@ -26,8 +31,11 @@ README = (ROOT / "README.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
-    """The README's snippets, but for those that test_run_it.py, test_video.py, test_vision.py and test_vllm.py run."""
-    text = README.replace(RUN_IT, "").replace(VIDEO, "").replace(VISION, "") if language == "python" else README
+    """The README's snippets, but for those that test_run_it, _video, _vision, _vllm and _hub.py run."""
+    others = (RUN_IT, VIDEO, VISION, PINNED) if language == "python" else ()
+    text = README
+    for other in others:
+        text = text.replace(other, "")
     return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
 
 
@@ -69,6 +77,8 @@ def test_the_shell_commands_exist(user_folder):
             case ["pip", "install", "-e", target]:
                 extras = re.findall(r'"?\.(?:\[(\w+)\])?"?', target)
                 assert all(f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text() for extra in extras if extra)
+            case ["python", "convert_weights.py", "--verify", folder]:
+                assert convert_weights.main(["--verify", folder]) == 0
             case ["python", "convert_weights.py", *arguments]:
                 assert convert_weights.parse_arguments(arguments).output == Path("my-theworld")
             case ["vllm", "serve", *_]:
@@ -142,6 +152,29 @@ def test_the_benchmarks_are_those_of_a_run():
     table = as_table(report["rows"])
     assert table == (ROOT / "results" / "benchmarks.md").read_text().strip()
     assert table in README and report["machine"] in README and report["seconds"] < 15 * 60
+
+
+def test_the_reliability_is_that_of_a_run():
+    report = json.loads(RELIABILITY.read_text())
+    table = as_counts(report)
+    assert table == RELIABILITY.with_suffix(".md").read_text().strip() and table in README
+    assert list(report) == list(PARTS) and all(each["tried"] == each["held"] > 0 for each in report.values())
+    assert report["bad_inputs"]["tried"] == len(BAD_INPUTS)
+    for server in (report["web"], report["vllm"]):
+        assert server["tried"] == 1000 and server["growth"] < 1.05 and 100 < server["broken off"] < 300
+
+
+def test_the_limits_of_the_web_page_are_its_own():
+    app, card = (ROOT / "app.py").read_text(), " ".join(README.split())
+    for limit, said in {
+        "MAX_BYTES = 5_000_000": "A request may have 5 MB",
+        "Image.MAX_IMAGE_PIXELS = 2**24": "a picture 16 megapixels",
+        "MAX_CHARACTERS = 1000": "a question 1000 characters",
+        "MAX_SECONDS = 60": "an answer ends after 60 seconds",
+        "MAX_WAITING = 64": "64 may wait",
+        "KEPT_SECONDS = 3600": "gone after an hour",
+    }.items():
+        assert f"\n{limit}\n" in app and said in card
 
 
 def test_the_versions_are_those_of_the_package_and_the_tests():

@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
@@ -241,6 +242,14 @@ def test_a_conversation_encodes_each_image_once(model, processor, scenes):
 
 def test_the_remote_files_import_only_what_they_need():
     allowed = {"torch", "transformers", "diffusers", "PIL", "huggingface_hub"} | set(sys.stdlib_module_names)
+    for name, by in {
+        "numpy": "transformers",
+        "packaging": "transformers",
+        "safetensors": "transformers",
+        "jinja2": "torch",
+    }.items():
+        assert any(re.match(rf"{name}\b(?!.*extra)", requirement, re.IGNORECASE) for requirement in requires(by))
+        allowed.add(name)
     for name in MODEL_FILES:
         for node in ast.walk(ast.parse((ROOT / name).read_text())):
             if isinstance(node, ast.Import):

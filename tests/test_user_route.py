@@ -8,18 +8,12 @@ from pathlib import Path
 
 import pytest
 
+import convert_weights
+
 
 TESTS = Path(__file__).parent
 
-MODEL_FILES = {
-    "configuration_theworld.py",
-    "encoder_theworld.py",
-    "frames_theworld.py",
-    "modeling_theworld.py",
-    "processing_theworld.py",
-    "streams_theworld.py",
-    "videos_theworld.py",
-}
+MODEL_FILES = set(convert_weights.MODEL_FILES)
 
 
 def run_fresh(*arguments, cache: Path) -> str:
@@ -72,6 +66,5 @@ AutoModel.from_config(config, trust_remote_code=trust).save_pretrained(sys.argv[
     run_fresh("-c", code, convert("gemma2"), tmp_path / "saved", save_from, cache=tmp_path / "cache")
     saved = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert saved["auto_map"]["AutoModelForMultimodalLM"] == "modeling_theworld.TheWorldForConditionalGeneration"
-    assert MODEL_FILES - {"processing_theworld.py", "videos_theworld.py"} <= {
-        path.name for path in (tmp_path / "saved").iterdir()
-    }
+    of_processor = {"processing_theworld.py", "images_theworld.py", "videos_theworld.py"}
+    assert MODEL_FILES - of_processor <= {path.name for path in (tmp_path / "saved").iterdir()}

@@ -1,6 +1,5 @@
 """Pins Gemma 3's own vision beside the world: each stream and both against transformers' own classes, bit for bit."""
 
-import functools
 import json
 import re
 import shutil
@@ -25,7 +24,7 @@ from test_modeling import (
 )
 from test_modeling import test_decoding_compiles_whole_and_gives_the_same_answer as test_decoding_compiles_whole  # noqa: F401
 from test_modeling import test_fullgraph_compilation_of_the_model_gives_the_same_logits as test_the_model_compiles  # noqa: F401
-from tiny_sources import TEXT_CONFIGS, VISION_FIELDS, make_multimodal_gemma
+from tiny_sources import TEXT_CONFIGS, VISION_FIELDS
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -50,25 +49,6 @@ FIGURE = README.split("```text\n")[1].split("```")[0]
 STREAMS_OFF = {"neither": {}, "world": {"world": False}, "vision": {"vision": False}}
 # Two images in one prompt, none, one.
 TEXTS = [f"<world>and<world>{QUESTION}", QUESTION, f"<world>{QUESTION}"]
-
-
-@pytest.fixture(scope="session")
-def gemma_folder(tmp_path_factory):
-    return make_multimodal_gemma(tmp_path_factory.mktemp("multimodal") / "gemma3")
-
-
-@pytest.fixture(scope="session")
-def convert_whole(sources, gemma_folder, tmp_path_factory):
-    """Converts the Gemma 3 with its vision, with options; the same options give the same folder."""
-
-    @functools.cache
-    def run(*options: str):
-        folder = tmp_path_factory.mktemp("whole") / "theworld"
-        arguments = ["--vae", str(sources / "pipeline"), "--gemma", str(gemma_folder), "--output", str(folder)]
-        assert main([*arguments, "--image-size", "64", "--dtype", "float32", "--vision", *options]) == 0
-        return folder
-
-    return run
 
 
 @pytest.fixture

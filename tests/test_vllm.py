@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import load
 import pytest
 from PIL import Image
 from test_run_it import snippet
@@ -43,7 +44,7 @@ def free_port() -> int:
 
 @contextmanager
 def serve(model: Path, folder: Path, *options: str):
-    """Runs the README's command in a model's folder, and yields the address once the server is ready."""
+    """Runs the README's command in a model's folder; yields the server's address, once it is ready, and process."""
     port = free_port()
     program, *arguments = COMMAND.split()
     command = [Path(sys.executable).parent / program, *arguments, "--host", "127.0.0.1", "--port", str(port), *options]
@@ -59,7 +60,7 @@ def serve(model: Path, folder: Path, *options: str):
     try:
         address = f"http://127.0.0.1:{port}"
         await_health(server, address, log)
-        yield address
+        yield address, server.pid
     finally:
         server.terminate()
         server.wait(timeout=60)
@@ -79,9 +80,14 @@ def await_health(server: subprocess.Popen, address: str, log: Path, seconds: int
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
-    with serve(ROOT, tmp_path_factory.mktemp("vllm"), "--dtype", "float32") as address:
-        yield address
+def server(tmp_path_factory):
+    with serve(ROOT, tmp_path_factory.mktemp("vllm"), "--dtype", "float32") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def address(server):
+    return server[0]
 
 
 @pytest.fixture(scope="module")
@@ -122,20 +128,24 @@ def ours(address: str, message: Message) -> list[int]:
     import openai  # only vLLM's environment has it
 
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="none")
-    content = [
-        {"type": "text", "text": part}
-        if isinstance(part, str)
-        else {"type": "image_url", "image_url": {"url": data_url(part)}}
-        for part in message
-    ]
     completion = client.chat.completions.create(
         model=".",
-        messages=[{"role": "user", "content": content}],
+        messages=[{"role": "user", "content": content_of(message)}],
         temperature=0,
         max_completion_tokens=MAX_TOKENS,
         extra_body={"return_token_ids": True},
     )
     return completion.choices[0].token_ids
+
+
+def content_of(message: Message) -> list[dict]:
+    """A message as OpenAI's API takes it."""
+    return [
+        {"type": "text", "text": part}
+        if isinstance(part, str)
+        else {"type": "image_url", "image_url": {"url": data_url(part)}}
+        for part in message
+    ]
 
 
 def data_url(image: Image.Image) -> str:
@@ -231,11 +241,18 @@ def test_a_video_is_the_callers_error(address, theirs, scenes):
     assert ours(address, message) == theirs(message)
 
 
+def test_many_mixed_requests_some_broken_off(server):
+    report = load.vllm(*server, number=150)
+    assert report["tried"] == report["held"], report["wrong"]
+    assert min(report["answered"], report[load.REFUSED], report[load.BROKEN_OFF]) > 0
+    assert report["growth"] < 1.05
+
+
 def test_two_processes_share_the_model(theirs, scenes, tmp_path):
     """Tensor parallel; without compiling, which the other tests cover."""
     messages = mixed_messages(scenes[:16])
     options = ("--dtype", "float32", "--tensor-parallel-size", "2", "--enforce-eager")
-    with serve(ROOT, tmp_path, *options) as address, ThreadPoolExecutor(8) as pool:
+    with serve(ROOT, tmp_path, *options) as (address, _), ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda message: ours(address, message), messages))
     assert answers == [theirs(message) for message in messages]
 
@@ -243,6 +260,6 @@ def test_two_processes_share_the_model(theirs, scenes, tmp_path):
 def test_a_converted_gemma_2_with_its_windows_and_capped_logits(convert, scenes, tmp_path):
     folder = convert("gemma2")
     theirs = greedy(folder)
-    with serve(folder, tmp_path, "--dtype", "float32", "--enforce-eager") as address:
+    with serve(folder, tmp_path, "--dtype", "float32", "--enforce-eager") as (address, _):
         for message in mixed_messages(scenes)[:8]:
             assert ours(address, message) == theirs(message)

@@ -1,0 +1,129 @@
+# Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
+"""What TheWorld refuses of tensors and texts, by checks that compile."""
+
+import torch
+from transformers import Cache
+from transformers.utils import torch_compilable_check
+
+
+# A label that counts for nothing, as everywhere in transformers.
+IGNORED_LABEL = -100
+
+
+def check_floating(tensor: torch.Tensor, expected: str, remedy: str) -> None:
+    """Raises a `TypeError` unless it is a floating-point tensor; the arguments are the message's sentences."""
+    if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+        raise TypeError(f"{expected}, got {getattr(tensor, 'dtype', type(tensor).__name__)}. {remedy}")
+
+
+def check_text(text: str | list[str] | None) -> None:
+    """Raises a `TypeError` unless a processor's text is a string or strings, and a `ValueError` if it is none."""
+    prompts = [text] if text is None or isinstance(text, str) else text
+    if not isinstance(prompts, list | tuple) or not all(isinstance(each, str | None) for each in prompts):
+        raise TypeError(f"`text` must be a string or a list of strings, got {type(text).__name__}: {text!r:.60}.")
+    if not prompts:
+        raise ValueError("`text` is an empty list. Give a prompt or more.")
+
+
+def check_prompts(
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+    vocab_size: int,
+) -> None:
+    """
+    Checks what a forward reads beside images. Ids are looked at in prompts only: at a token that goes on from a cache,
+    each step of an answer would make a GPU wait.
+
+    Raises:
+        TypeError: If the ids are not integers.
+        ValueError: If there are ids and embeddings, or neither; if ids are outside the vocabulary; if a mask
+            [batch, tokens so far] does not cover the prompts [batch, S].
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+    if input_ids is not None:
+        check_ids_shape(input_ids, "input_ids")
+        if past_key_values is None or input_ids.shape[1] > 1:
+            check_ids_range(input_ids, vocab_size, "input_ids")
+    batch, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+        rows, columns = attention_mask.shape
+        if rows != batch or columns < length:
+            raise ValueError(
+                f"`attention_mask` must cover the prompts, {[batch, length]}, and what the cache holds, got "
+                f"{[rows, columns]}. The processor returns both together."
+            )
+
+
+def check_asked(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, vocab_size: int) -> None:
+    """Raises a `ValueError` if prompts to answer [batch, S] have ids outside the vocabulary, or end in padding."""
+    if input_ids.numel():  # not embeddings
+        check_ids_range(input_ids, vocab_size, "input_ids")
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+        torch_compilable_check(
+            attention_mask[:, -1:].all(),
+            "To be answered, prompts must be padded on the left, but some end in padding. The processor does it, "
+            "unless told otherwise by `padding_side`.",
+        )
+
+
+def check_context(length: int, context: int) -> None:
+    """Raises a `ValueError` if a prompt of `length` tokens leaves no room for an answer."""
+    if length >= context:
+        raise ValueError(
+            f"The prompt has {length} tokens, and with an answer the model reads {context}. Ask less at once, give "
+            "fewer or smaller images, or, if its rope is scaled, raise `max_position_embeddings`."
+        )
+
+
+def check_labels(labels: torch.Tensor, logits: torch.Tensor) -> None:
+    """Raises a `TypeError` or `ValueError` unless labels are ids or -100, one for each of logits [batch, S, ids]."""
+    check_ids_shape(labels, "labels")
+    if labels.shape != logits.shape[:2]:
+        raise ValueError(
+            f"`labels` must be {list(logits.shape[:2])}, one for each position that has logits, got "
+            f"{list(labels.shape)}. Leave `logits_to_keep` out in training."
+        )
+    check_ids_range(labels, logits.shape[-1], "labels", ignored=IGNORED_LABEL)
+
+
+def check_ids_shape(ids: torch.Tensor, name: str) -> None:
+    """Raises a `TypeError` unless `name` holds integers, and a `ValueError` unless it is [batch, S] and not empty."""
+    if getattr(ids, "dtype", None) not in (torch.int64, torch.int32):
+        found = getattr(ids, "dtype", type(ids).__name__)
+        raise TypeError(f"`{name}` must be an int64 tensor of token ids, got {found}. Pass return_tensors='pt'.")
+    if ids.ndim != 2 or 0 in ids.shape:
+        raise ValueError(
+            f"`{name}` must be [batch, S] with one token or more, got {list(ids.shape)}. For one prompt, batch is 1."
+        )
+
+
+def check_ids_range(ids: torch.Tensor, vocab_size: int, name: str, ignored: int | None = None) -> None:
+    """Raises a `ValueError` for ids outside the vocabulary, but for `ignored`; a GPU would end the process."""
+    inside = (ids >= 0) & (ids < vocab_size)
+    if ignored is not None:
+        inside = inside | (ids == ignored)
+    torch_compilable_check(
+        inside.all(),
+        lambda: (
+            f"`{name}` must be in 0..{vocab_size - 1}{f' or {ignored}' if ignored is not None else ''}, got "
+            f"{ids[~inside][:3].tolist()}. Tokenizer and model must be of the same checkpoint."
+        ),
+    )
+
+
+def check_latents(latents: torch.Tensor) -> None:
+    """
+    Checks latents, which may have been computed elsewhere, of any shape.
+
+    Raises:
+        TypeError: If they are no floating-point tensor.
+        ValueError: If some are NaN or infinite.
+    """
+    check_floating(latents, "`world_latents` must be a floating-point tensor", "`get_world_latents` returns it so.")
+    torch_compilable_check(
+        latents.isfinite().all(),
+        "`world_latents` must be finite, but some are NaN or infinite. Encode the images again.",
+    )

@@ -1,0 +1,136 @@
+# Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
+"""Images in whatever form they come, to RGB as a viewer shows them: upright, in 8 bits, on a white page."""
+
+import base64
+import os
+from http.client import HTTPException
+from io import BytesIO
+from typing import Any
+from urllib.request import Request, urlopen
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+
+IMAGE_FORMS = "a PIL image, a uint8 array or tensor, a path, a URL or base64 text"
+CHANNEL_AXES = {"channels_first": 0, "channels_last": -1}
+
+
+def read_images(images: Any, input_data_format: str | None = None) -> Any:
+    """`read_image` of each, in lists as they came; an array of four dimensions is a list of images."""
+    if isinstance(images, list | tuple):
+        return [read_images(image, input_data_format) for image in images]
+    if isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4:
+        return [read_image(image, input_data_format) for image in images]
+    return read_image(images, input_data_format)
+
+
+def read_image(image: Any, input_data_format: str | None = None) -> Image.Image:
+    """
+    An image as RGB; of an animation, the first frame.
+
+    Args:
+        image: A PIL image, a path, a URL, base64 text, or a uint8 array or tensor: [H, W], or with 1, 3 or 4 channels
+            first or last.
+        input_data_format: "channels_first" or "channels_last", for an array that could be either.
+
+    Raises:
+        TypeError: If it is something else, or an array of another dtype.
+        ValueError: If it cannot be read, is empty, has 32 bits a channel, or more pixels than `Image.MAX_IMAGE_PIXELS`
+            (None admits any number); the latter is found before anything is decoded.
+    """
+    if isinstance(image, np.ndarray | torch.Tensor):
+        image = image_of_array(image, input_data_format)
+    elif isinstance(image, str | os.PathLike):
+        image = open_image(os.fspath(image))
+    elif not isinstance(image, Image.Image):
+        raise TypeError(f"An image must be {IMAGE_FORMS}, got {type(image).__name__}.")
+
+    pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
+    if pixels == 0 or (limit is not None and pixels > limit):
+        raise ValueError(
+            f"An image must have 1 to {limit:,} pixels, got {image.width}x{image.height}. Make it smaller, or, if you "
+            "trust where it comes from, raise `PIL.Image.MAX_IMAGE_PIXELS`."
+        )
+    try:
+        image.load()
+        image = upright(image)
+    except Exception as error:  # each of Pillow's decoders has errors of its own
+        raise ValueError(
+            f"The image cannot be decoded: {error}. The file is damaged or cut off; get it again."
+        ) from None
+    return to_rgb(image)
+
+
+def open_image(source: str) -> Image.Image:
+    """The image behind a path, a URL or base64 text, not decoded yet."""
+    shown = source if len(source) < 200 else f"{source[:50]}..."
+    try:
+        if source.startswith(("http://", "https://")):
+            file = BytesIO(fetch(source))
+        elif os.path.isfile(source):
+            file = source
+        else:
+            file = BytesIO(base64.b64decode(source.partition(",")[2] if source.startswith("data:") else source))
+        return Image.open(file)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{shown!r} is refused: {error} Make it smaller.") from None
+    except (
+        Exception
+    ) as error:  # Pillow's decoders have errors of their own, and its text shows where in memory a file is
+        reason = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
+        raise ValueError(f"{shown!r} is no image that can be read{reason}. Expected {IMAGE_FORMS}.") from None
+
+
+def fetch(url: str) -> bytes:
+    """What is behind a URL, which must answer within half a minute."""
+    try:
+        with urlopen(Request(url, headers={"User-Agent": "theworld"}), timeout=30) as response:
+            return response.read()
+    except HTTPException as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def image_of_array(array: np.ndarray | torch.Tensor, input_data_format: str | None) -> Image.Image:
+    """The PIL image of an array or tensor of bytes; see `read_image`."""
+    array = array.detach().cpu().numpy() if isinstance(array, torch.Tensor) else array
+    if array.dtype != np.uint8:
+        raise TypeError(
+            f"An image as an array must be uint8 in 0..255, got {array.dtype}. From 0..1 it is "
+            "`(image * 255).round()` as uint8; pixels in [-1, 1] are the model's `pixel_values` already."
+        )
+    sides = [side for side, axis in CHANNEL_AXES.items() if array.ndim == 3 and array.shape[axis] in (1, 3, 4)]
+    if input_data_format in sides:
+        sides = [input_data_format]
+    if array.ndim != 2 and len(sides) != 1:
+        raise ValueError(
+            f"An image as an array must be [H, W], or have 1, 3 or 4 channels first or last; {list(array.shape)} "
+            f"{'could be either' if sides else 'is neither'}. Say which by `input_data_format`, or give a PIL image."
+        )
+    if array.ndim == 3:
+        array = np.moveaxis(array, CHANNEL_AXES[sides[0]], -1)
+        array = array[..., 0] if array.shape[-1] == 1 else array
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A decoded image, turned as its EXIF data say."""
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    return ImageOps.exif_transpose(image) if turned else image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A decoded image as RGB: 16 bits scaled to 8, transparency over white."""
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"The image has 32 bits a channel (PIL's mode {image.mode!r}), which have no agreed range. Scale it to "
+            "0..255 as you mean it to look, and give 8 bits."
+        )
+    if image.mode.startswith("I;16"):  # Pillow's own conversion makes all above 255 white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        page = Image.new("RGBA", image.size, "white")
+        page.alpha_composite(image.convert("RGBA"))
+        image = page
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -1,0 +1,203 @@
+"""
+Many requests at once to a server, some of them broken off: what came back, and how much memory it cost.
+
+    python tests/load.py web 1000
+    python tests/load.py vllm 1000
+
+each in the environment of its server (`make reliability` starts both).
+"""
+
+import json
+import random
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+from tqdm import tqdm
+
+from recipe.scenes import SPLITS, draw_scene
+
+
+ROOT = Path(__file__).parent.parent
+AT_ONCE = 16
+SCENES = 12
+BROKEN_OFF = "broken off"
+REFUSED = "refused"
+
+
+class Request(NamedTuple):
+    """
+    A question to a server, and what must come back.
+
+    `send` takes the seconds after which it breaks off, None for never, and returns the answer, `REFUSED` or
+    `BROKEN_OFF`.
+    """
+
+    send: Callable[[float | None], Any]
+    expected: Any
+
+
+def resident(process: int) -> int:
+    """Bytes of memory that a process and those that it started have in use."""
+    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return pages * 4096 + sum(resident(int(child)) for child in children)
+
+
+def load(requests: list[Request], number: int, process: int) -> dict[str, Any]:
+    """
+    Sends `number` requests from `AT_ONCE` threads, a fifth of which break off within a second.
+
+    Args:
+        requests: What is sent, by chance; each at least once.
+        number: How many.
+        process: The server's.
+
+    Returns:
+        `tried`; `held`: those with the expected answer, and those broken off; what went wrong; `growth`: the memory in
+        use at the end, over that after the first tenth.
+    """
+    chance = random.Random(0)
+    chosen = [requests[turn] if turn < len(requests) else chance.choice(requests) for turn in range(number)]
+    patience = [chance.uniform(0, 1) if chance.random() < 0.2 else None for _ in chosen]
+
+    def send(turn: int) -> str | None:
+        """What went wrong with a request; None if nothing did."""
+        request = chosen[turn]
+        try:
+            answer = request.send(patience[turn])
+        except Exception as error:  # whatever a client raises is what this counts
+            return f"{type(error).__name__}: {error}"
+        if answer == request.expected or (answer == BROKEN_OFF and patience[turn] is not None):
+            counts[answer if answer in (REFUSED, BROKEN_OFF) else "answered"] += 1
+            return None
+        return f"expected {request.expected!r}, got {answer!r}"
+
+    counts = {"answered": 0, REFUSED: 0, BROKEN_OFF: 0}
+    first = max(number // 10, len(requests))
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        wrong = list(tqdm(pool.map(send, range(first)), "the first requests", first))
+        before = settled(process)
+        wrong += tqdm(pool.map(send, range(first, number)), "all others", number - first)
+    wrong = [each for each in wrong if each is not None]
+    growth = settled(process) / before
+    held = number - len(wrong)
+    return {"tried": number, "held": held, **counts, "wrong": wrong[:5], "first": first, "growth": round(growth, 3)}
+
+
+def settled(process: int) -> int:
+    """The memory of a server that has had a few seconds to end what was broken off."""
+    time.sleep(3)
+    return resident(process)
+
+
+def pictures_and_questions() -> list[tuple[Image.Image, str]]:
+    scenes = [draw_scene(seed) for seed in SPLITS["test"][:SCENES]]
+    return [(scene.image, question.text) for scene in scenes for question in scene.questions[:2]]
+
+
+def web(address: str, process: int, number: int, folder: Path) -> dict[str, Any]:
+    """
+    Loads app.py: conversations of one turn and of two, with and without comparing, and what it refuses.
+
+    Pictures that go and come are written to `folder`.
+    """
+    from gradio_client import Client, handle_file
+    from gradio_client.exceptions import AppError
+
+    own = threading.local()
+
+    def conversation(picture: Path, questions: list[str], compare: bool) -> Callable:
+        def send(seconds: float | None) -> Any:
+            if not hasattr(own, "client"):
+                own.client = Client(address, verbose=False, download_files=str(folder))
+            client = own.client
+            client.reset_session()
+            for question in questions:
+                job = client.submit(handle_file(str(picture)), question, compare, api_name="/ask")
+                try:
+                    chat, blind_chat, *_ = job.result(timeout=seconds)
+                except TimeoutError:
+                    job.cancel()
+                    del own.client  # which would mix up what is left with the next answer
+                    return BROKEN_OFF
+                except AppError:
+                    return REFUSED
+            return [[turn["content"][0]["text"] for turn in each] for each in (chat, blind_chat)]
+
+        return send
+
+    sends = []
+    for turn, (picture, question) in enumerate(pictures_and_questions()):
+        picture.save(folder / f"{turn}.png")
+        questions = [question, "How many circles are there?"][: 1 + (turn % 4 == 3)]
+        sends.append(conversation(folder / f"{turn}.png", questions, compare=turn % 3 == 0))
+    (folder / "none.png").write_bytes(b"not an image")
+    refused = [conversation(folder / "0.png", ["what is <world>?"], False)]
+    refused += [conversation(folder / "none.png", ["What is it?"], False)]
+    refused += [conversation(folder / "0.png", ["a" * 2000], False)]
+    requests = [Request(send, send(None)) for send in sends] + [Request(send, REFUSED) for send in refused]
+    return load(requests, number, process)
+
+
+def vllm(address: str, process: int, number: int) -> dict[str, Any]:
+    """Loads vLLM's server: no picture, one, two, and a picture that is none."""
+    import openai
+    from test_vllm import MAX_TOKENS, content_of
+
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+
+    def completion(content: list[dict]) -> Callable:
+        def send(seconds: float | None) -> Any:
+            asking = client if seconds is None else client.with_options(timeout=seconds / 10)
+            try:
+                answer = asking.chat.completions.create(
+                    model=".",
+                    messages=[{"role": "user", "content": content}],
+                    temperature=0,
+                    max_completion_tokens=MAX_TOKENS,
+                )
+            except openai.APITimeoutError:
+                return BROKEN_OFF
+            except openai.BadRequestError:
+                return REFUSED
+            return answer.choices[0].message.content
+
+        return send
+
+    asked = pictures_and_questions()
+    sends = []
+    for turn, (picture, question) in enumerate(asked):
+        other = asked[turn - 1][0]
+        message = [[picture, question], [picture, "and", other, question], [question]][turn % 3]
+        sends.append(completion(content_of(message)))
+    bad = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,bm90IGFuIGltYWdl"}}]
+    requests = [Request(send, send(None)) for send in sends] + [Request(completion(bad), REFUSED)]
+    return load(requests, number, process)
+
+
+def main(server: str, number: int) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        if server == "web":
+            from test_web import serve
+
+            with serve(folder) as (address, process):
+                report = {**web(address, process, number, folder), "version": f"gradio {version('gradio')}"}
+        else:
+            from test_vllm import serve
+
+            with serve(ROOT, folder, "--dtype", "float32") as (address, process):
+                report = {**vllm(address, process, number), "version": f"vLLM {version('vllm')}"}
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
