@@ -152,7 +152,9 @@ class TheWorldPreTrainedModel(PreTrainedModel):
             ) from error
         if output_loading_info:
             return model, info
-        if checkpoint is not None and (missing := sorted(info["missing_keys"])):
+        missing = sorted(info["missing_keys"])
+        # With no checkpoint all is made up; of an adapter, transformers lists what PEFT ties.
+        if missing and checkpoint is not None and not model._hf_peft_config_loaded:
             raise ValueError(
                 f"{checkpoint} lacks {len(missing)} of the model's tensors, such as {missing[0]!r}. Get it again; or, "
                 "to train what is missing, load it with `output_loading_info=True`."

@@ -451,7 +451,7 @@ def test_a_missing_norm_is_initialised_not_left_as_memory_was(tmp_path):
     model = make_model()
     state = {name: tensor for name, tensor in model.state_dict().items() if "norm" not in name or "world" not in name}
     model.save_pretrained(tmp_path, state_dict=state)
-    loaded = TheWorldForConditionalGeneration.from_pretrained(tmp_path)
+    loaded, _ = TheWorldForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     for name, parameter in loaded.model.world_encoder.named_parameters():
         if name.endswith("gamma"):
             assert torch.equal(parameter, torch.ones_like(parameter)), name
