@@ -59,8 +59,8 @@ new-kind: $(VENV)/.installed
 benchmark: $(VENV)/.installed
 	$(PYTHON) -m benchmarks
 
-# Bad inputs, processes killed while they write, threads, loaded servers: what was tried, and how much of it held. A
-# quarter of an hour on 2 cores.
+# Bad inputs, processes killed while they write, threads, loaded servers: what was tried, and how much of it held. Nine
+# minutes on 2 cores with nothing else on them.
 reliability: $(VENV)/.installed $(WEB)/.installed $(VLLM)/.installed
 	for part in bad_inputs damaged_files conversions trainings threads "web $(WEB)/bin/python" "vllm $(VLLM)/bin/python"; do \
 		PYTHONPATH=.:tests $(PYTHON) tests/reliability.py $$part || exit 1; \

@@ -139,12 +139,7 @@ def verify(folder: Path, sources: dict[str, Callable[[], torch.Tensor]] | None =
     check_processor(TheWorldProcessor.from_pretrained(folder), config)
 
     with torch.device("meta"):
-        model = TheWorldForConditionalGeneration(config)
-    expected = {
-        name: list(tensor.shape)
-        for name, tensor in model.state_dict().items()
-        if name not in model.all_tied_weights_keys
-    }
+        expected = stored_shapes(TheWorldForConditionalGeneration(config))
     checkpoint = Checkpoint.open(folder, "model")
     check_shapes(checkpoint, expected)
     for name in checkpoint.files:
@@ -162,6 +157,12 @@ def verify(folder: Path, sources: dict[str, Callable[[], torch.Tensor]] | None =
         dtype=str(config.dtype).removeprefix("torch."),
         compared=len(sources or ()),
     )
+
+
+def stored_shapes(model: TheWorldForConditionalGeneration) -> dict[str, torch.Size]:
+    """The shapes of the tensors that a checkpoint of `model` holds: all but those tied to others."""
+    tied = model.all_tied_weights_keys
+    return {name: tensor.shape for name, tensor in model.state_dict().items() if name not in tied}
 
 
 def processor_fields(config: TheWorldConfig) -> dict[str, Any]:
@@ -192,8 +193,9 @@ def check_processor(processor: TheWorldProcessor, config: TheWorldConfig) -> Non
             tokenizer.eoi_token: config.eoi_token_id,
         }
     ids = {token: tokenizer.get_vocab().get(token) for token in expected_ids}
-    fields = {name: getattr(processor, name) for name in processor_fields(config)}
-    for found, expected in ((ids, expected_ids), (fields, processor_fields(config))):
+    expected_fields = processor_fields(config)
+    fields = {name: getattr(processor, name) for name in expected_fields}
+    for found, expected in ((ids, expected_ids), (fields, expected_fields)):
         for name in expected:
             if found[name] != expected[name]:
                 raise CheckpointError(
@@ -202,16 +204,16 @@ def check_processor(processor: TheWorldProcessor, config: TheWorldConfig) -> Non
                 )
 
 
-def check_shapes(checkpoint: Checkpoint, expected: dict[str, list[int]]) -> None:
+def check_shapes(checkpoint: Checkpoint, expected: dict[str, torch.Size]) -> None:
     """Raises a `CheckpointError` unless a checkpoint has exactly these tensors, of these shapes."""
     missing, extra = sorted(set(expected) - set(checkpoint.shapes)), sorted(set(checkpoint.shapes) - set(expected))
     for names, problem in ((missing, "missing from the checkpoint"), (extra, "none of the model's")):
         if names:
             raise CheckpointError(f"{len(names)} tensor(s) are {problem}, such as {names[0]!r}.")
     for name, shape in expected.items():
-        if checkpoint.shapes[name] != shape:
+        if checkpoint.shapes[name] != list(shape):
             raise CheckpointError(
-                f"Tensor {name!r} is {checkpoint.shapes[name]}, but its config.json describes {shape}."
+                f"Tensor {name!r} is {checkpoint.shapes[name]}, but its config.json describes {list(shape)}."
             )
 
 

@@ -7,7 +7,7 @@ from transformers.utils import torch_compilable_check
 
 
 # A label that counts for nothing, as everywhere in transformers.
-IGNORED_LABEL = -100
+IGNORED = -100
 
 
 def check_floating(tensor: torch.Tensor, expected: str, remedy: str) -> None:
@@ -86,7 +86,7 @@ def check_labels(labels: torch.Tensor, logits: torch.Tensor) -> None:
             f"`labels` must be {list(logits.shape[:2])}, one for each position that has logits, got "
             f"{list(labels.shape)}. Leave `logits_to_keep` out in training."
         )
-    check_ids_range(labels, logits.shape[-1], "labels", ignored=IGNORED_LABEL)
+    check_ids_range(labels, logits.shape[-1], "labels", ignored=IGNORED)
 
 
 def check_ids_shape(ids: torch.Tensor, name: str) -> None:

@@ -11,8 +11,7 @@ from datasets import Dataset, Image, List, load_dataset
 from transformers import ProcessorMixin
 from trl import prepare_multimodal_messages
 
-
-IGNORED = -100
+from theworld.checks_theworld import IGNORED
 
 
 def load_conversations(name: str, split: str) -> Dataset:

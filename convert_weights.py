@@ -46,7 +46,15 @@ from transformers import (
 )
 
 from theworld import TheWorldConfig, TheWorldEncoderConfig, TheWorldForConditionalGeneration, TheWorldProcessor
-from theworld.checkpoints import Checkpoint, CheckpointError, Verification, check_finite, processor_fields, verify
+from theworld.checkpoints import (
+    Checkpoint,
+    CheckpointError,
+    Verification,
+    check_finite,
+    processor_fields,
+    stored_shapes,
+    verify,
+)
 from theworld.configuration_theworld import UNSUPPORTED_VAE_FIELDS
 from theworld.encoder_theworld import TheWorldEncoder
 from theworld.folders import complete_or_absent, write_sums
@@ -321,8 +329,7 @@ def plan_tensors(
 
     Refuses checkpoints that are not exactly what their configs describe; `vocab_size` is the source Gemma's.
     """
-    tied = model.all_tied_weights_keys
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in tied}
+    tied, shapes = model.all_tied_weights_keys, stored_shapes(model)
     fresh = initialize_projection(model)
     sources, dropped, copies = {}, [], {}
     for checkpoint, map_key in mapped_checkpoints:

@@ -17,6 +17,7 @@ from random import Random
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from theworld.checks_theworld import IGNORED
 from theworld.processing_theworld import time_stamp
 
 from .clips import FPS, FRAMES_A_LATENT, NUM_FRAMES, Clip, Mover
@@ -24,7 +25,6 @@ from .scenes import SIZE, Question, Scene, Thing
 
 
 CHAT_TEMPLATE = (Path(__file__).parents[1] / "chat_template.jinja").read_text()
-IGNORED = -100
 QUESTIONS_PER_ROW = 8
 CONVERSATION_SHARE = 0.1
 # How far a thing has moved is told in steps, with one digit.
