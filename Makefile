@@ -5,19 +5,23 @@ VLLM := .venv-vllm
 WEB := .venv-web
 HARNESS := .venv-harness
 AUDIT := .venv-audit
+CANARY := .venv-canary
+# One thread a worker: two of two threads each fight over two cores.
+PYTEST := -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 EXTRAS := test,train
+CANARY_TESTS := $(addprefix tests/test_,configuration.py convert_weights.py demo.py encoder.py modeling.py processing.py run_it.py user_route.py video.py vision.py)
 
-.PHONY: demo test test-oldest test-vllm test-quantized test-harness test-web test-real-size train evaluate new-kind benchmark benchmark-training reliability audit clean
+.PHONY: demo test test-oldest test-vllm test-quantized test-harness test-web test-real-size train evaluate new-kind benchmark benchmark-training reliability audit canary clean
 
 demo: $(VENV)/.installed
 	$(PYTHON) demo.py assets/scene.png "What shape is the blue object?" "How many circles are there?" "Where is the yellow star from the blue star?" --save demo.png
 
 test: $(VENV)/.installed build/suite/transformers_tests
-	$(PYTHON) -m pytest
+	OMP_NUM_THREADS=1 $(PYTHON) $(PYTEST)
 
 # The same tests on the oldest versions supported; transformers' own suite is that of the newest.
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest --ignore tests/test_transformers_common.py
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST) --ignore tests/test_transformers_common.py
 
 # vLLM, served and asked for real; and what the README says under "Run it", on its version of transformers.
 test-vllm: $(VLLM)/.installed
@@ -66,6 +70,16 @@ reliability: $(VENV)/.installed $(WEB)/.installed $(VLLM)/.installed
 		PYTHONPATH=.:tests $(PYTHON) tests/reliability.py $$part || exit 1; \
 	done
 
+# The newest release of every library, without our pins, and the tests that a rename in one of them would break. Only torch
+# is named: the newest would bring gigabytes of CUDA.
+canary:
+	rm -rf $(CANARY)
+	python3 -m venv $(CANARY)
+	$(CANARY)/bin/python -m pip install --quiet torch==2.13.0
+	$(CANARY)/bin/python -m pip install --quiet --upgrade --editable ".[test,train]"
+	OMP_NUM_THREADS=1 $(CANARY)/bin/python $(PYTEST) $(CANARY_TESTS)
+	$(CANARY)/bin/python -m pip list | grep --extended-regexp "^(transformers|diffusers|huggingface_hub|tokenizers|safetensors|accelerate|trl|peft|datasets|pillow|numpy|av|torch) "
+
 # Known vulnerabilities of all that is pinned, where an index answers that knows them.
 audit: $(AUDIT)/.installed
 	$(AUDIT)/bin/python tests/audit.py
@@ -106,4 +120,4 @@ build/suite/transformers_tests: $(VENV)/.installed
 	tar --extract --gzip --file build/sdist/transformers-*.tar.gz --directory $@ --strip-components 2 --wildcards "transformers-*/tests/*.py"
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(VLLM) $(WEB) $(HARNESS) $(AUDIT) build *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(VLLM) $(WEB) $(HARNESS) $(AUDIT) $(CANARY) build *.egg-info

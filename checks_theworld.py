@@ -29,7 +29,7 @@ def check_prompts(
     input_ids: torch.Tensor | None,
     inputs_embeds: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
     vocab_size: int,
 ) -> None:
     """
@@ -45,7 +45,7 @@ def check_prompts(
         raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
     if input_ids is not None:
         check_ids_shape(input_ids, "input_ids")
-        if past_key_values is None or input_ids.shape[1] > 1:
+        if cache is None or input_ids.shape[1] > 1:
             check_ids_range(input_ids, vocab_size, "input_ids")
     batch, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:

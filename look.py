@@ -9,6 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from theworld.versions_theworld import CACHE_NAME
+
 
 SIDE = 256  # pixels of a panel
 MARGIN = 16
@@ -37,7 +39,7 @@ def attention_to_world(model: PreTrainedModel, inputs: Mapping) -> torch.Tensor:
         inputs["token_type_ids"] = inputs["token_type_ids"][:, :-1]
     read = model(input_ids=input_ids[:, :-1], **inputs, use_cache=True, logits_to_keep=1)
     model.set_attn_implementation({"text_config": "eager"})
-    last = model(input_ids=input_ids[:, -1:], past_key_values=read.past_key_values, output_attentions=True)
+    last = model(input_ids=input_ids[:, -1:], cache=read[CACHE_NAME], output_attentions=True)
     whole = [layer for layer in last.attentions if layer.shape[-1] == input_ids.shape[1]]
     weights = torch.stack(whole).mean(dim=(0, 2, 3))[0]
     of_world = (input_ids[0] == model.config.image_token_id) | (input_ids[0] == model.config.video_token_id)

@@ -26,7 +26,6 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModel, Cache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
 from transformers.processing_utils import Unpack
@@ -43,6 +42,7 @@ from .checks_theworld import (
 from .configuration_theworld import TheWorldConfig
 from .encoder_theworld import TheWorldEncoder
 from .streams_theworld import STREAMS, Stream, check_whole, create_block_masks
+from .versions_theworld import CACHE_NAME, accepts_past_key_values, create_masks_for_generate, takes_cache
 
 
 # Attention of the engines that build a model with `AutoModel.from_config` and put their own head on it.
@@ -116,7 +116,7 @@ class TheWorldPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "video", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["TheWorldEncoder"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [CACHE_NAME]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -431,6 +431,7 @@ class TheWorldModel(TheWorldPreTrainedModel):
         """What each token of a prompt stands for, [batch, S]: 0 text, 1 one of Gemma's own, 2 a world token."""
         return sum(stream.type_id * self.find_places(input_ids, inputs_embeds, stream) for stream in self.streams)
 
+    @accepts_past_key_values
     @can_return_tuple
     def forward(
         self,
@@ -438,7 +439,7 @@ class TheWorldModel(TheWorldPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         world_latents: torch.Tensor | None = None,
         pixel_values_videos: torch.Tensor | None = None,
@@ -455,7 +456,7 @@ class TheWorldModel(TheWorldPreTrainedModel):
             `last_hidden_state` [batch, S, D], and Gemma's other outputs.
         """
         vocab_size = self.config.text_config.vocab_size
-        check_prompts(input_ids, inputs_embeds, attention_mask, past_key_values, vocab_size)
+        check_prompts(input_ids, inputs_embeds, attention_mask, cache, vocab_size)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
@@ -472,22 +473,17 @@ class TheWorldModel(TheWorldPreTrainedModel):
         # What `generate` has encoded it has checked too, and may bring in pieces.
         inputs_embeds = self.put_in_place(input_ids, inputs_embeds, tokens, whole=mm_encoder_outputs is None)
         attention_mask = create_block_masks(
-            self.config, inputs_embeds, attention_mask, past_key_values, position_ids, token_type_ids
+            self.config, inputs_embeds, attention_mask, cache, position_ids, token_type_ids
         )
-        outputs = self.language_model(
+        outputs = takes_cache(self.language_model)(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
         return TheWorldModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=tokens.get("image"),
-            video_hidden_states=tokens.get("video"),
+            **outputs, image_hidden_states=tokens.get("image"), video_hidden_states=tokens.get("video")
         )
 
 
@@ -556,6 +552,7 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
         """As [`TheWorldModel.get_vision_features`]."""
         return self.model.get_vision_features(vision_pixel_values, **kwargs)
 
+    @accepts_past_key_values
     @can_return_tuple
     def forward(
         self,
@@ -563,7 +560,7 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -583,7 +580,7 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
             pixel_values: [B, 3, H, W], floating point, in [-1, 1]; the images of all prompts in their order. H and W
                 are multiples of `config.patch_size`.
             attention_mask: [batch, S], 0 at padding.
-            position_ids, past_key_values: As Gemma's.
+            position_ids, cache: As Gemma's. (`past_key_values` is the cache's name before transformers 5.24.)
             inputs_embeds: [batch, S, D], in place of `input_ids`.
             labels: [batch, S] token ids, -100 where none counts; shifted inside.
             logits_to_keep: How many of the last positions, or which, get logits; 0 for all.
@@ -612,7 +609,7 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             world_latents=world_latents,
             pixel_values_videos=pixel_values_videos,
@@ -636,15 +633,8 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
             check_labels(labels, logits)
             loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
 
-        return TheWorldCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
-            video_hidden_states=outputs.video_hidden_states,
-        )
+        others = {name: output for name, output in outputs.items() if name != "last_hidden_state"}
+        return TheWorldCausalLMOutputWithPast(loss=loss, logits=logits, **others)
 
     def _prepare_generated_length(
         self, generation_config: GenerationConfig, *, input_ids_length: int, inputs_tensor: torch.Tensor, **kwargs
@@ -676,19 +666,21 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
         return inputs
 
     @staticmethod
+    @accepts_past_key_values
     def create_masks_for_generate(
         config: TheWorldConfig,
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         position_ids: torch.LongTensor | None,
         token_type_ids: torch.LongTensor | None = None,
         **kwargs,
     ) -> torch.Tensor | dict:
         """As transformers' own, which makes the masks ahead for a static cache, with the images' blocks."""
-        arguments = (inputs_embeds, attention_mask, past_key_values, position_ids)
-        masks = create_block_masks(config, *arguments, token_type_ids)
-        return create_masks_for_generate(config, *arguments) if masks is attention_mask else masks
+        masks = create_block_masks(config, inputs_embeds, attention_mask, cache, position_ids, token_type_ids)
+        if masks is not attention_mask:
+            return masks
+        return create_masks_for_generate(config, inputs_embeds, attention_mask, cache=cache, position_ids=position_ids)
 
     def _repeat_by_prompt(
         self,
@@ -725,7 +717,7 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
         names = ["mm_encoder_outputs", *(name for stream in STREAMS for name in stream.inputs)]
         tokens = self.model.encode_streams(**{name: model_kwargs.pop(name, None) for name in names})
         if tokens:
-            cache, embeds = model_kwargs.get("past_key_values"), model_kwargs.get("inputs_embeds")
+            cache, embeds = model_kwargs.get(CACHE_NAME), model_kwargs.get("inputs_embeds")
             prompts = input_ids[:, cache.get_seq_length() if cache is not None else 0 :] if input_ids.numel() else None
             if self.config.has_two_way_blocks and model_kwargs.get("token_type_ids") is None:
                 model_kwargs["token_type_ids"] = self.model.get_token_types(prompts, embeds)

@@ -3,17 +3,18 @@
 The streams: what may come beside text, where its tokens go in a prompt, and how attention reads their blocks.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 from transformers import Cache
-from transformers.masking_utils import create_causal_mask
-from transformers.models.gemma3.modeling_gemma3 import create_masks_for_vision_model, get_block_sequence_ids_for_mask
+from transformers.masking_utils import and_masks, sliding_window_overlay
 from transformers.utils import torch_compilable_check
 from transformers.utils.generic import is_flash_attention_requested
 
 from .configuration_theworld import TheWorldConfig
+from .versions_theworld import create_causal_mask, create_sliding_window_causal_mask
 
 
 # `token_type_ids`, beside 0 for text: of blocks that Gemma 3 reads both ways, and of those that are read as
@@ -112,12 +113,12 @@ def create_block_masks(
     config: TheWorldConfig,
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | dict | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
     position_ids: torch.LongTensor | None,
     token_type_ids: torch.LongTensor | None,
 ) -> torch.Tensor | dict | None:
     """
-    Gemma's attention masks, causal but inside an image's block, as Gemma 3's own classes make them.
+    Gemma's attention masks: causal between blocks and bidirectional inside an image's block, as in Gemma 3.
 
     Args:
         inputs_embeds: [batch, S, ..]; only its shape, dtype and device count.
@@ -148,16 +149,39 @@ def create_block_masks(
         "The prompt, or the chunk of it, ends inside an image's block, whose tokens see each other both ways. Give "
         "the whole block at once: with a greater `prefill_chunk_size`, or none.",
     )
-    # Before these positions all is in the past, which each sees anyhow.
-    past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
-    two_way = F.pad(two_way[:, -inputs_embeds.shape[1] :].long(), (past, 0))
+    # Positions that the cache holds are in the past, which every token sees anyway.
+    past = int(cache.get_seq_length()) if cache is not None else 0
+    same_block = same_block_mask_function(F.pad(two_way[:, -inputs_embeds.shape[1] :], (past, 0)))
     arguments = {
         "config": config.text_config,
         "inputs_embeds": inputs_embeds,
         "attention_mask": attention_mask,
-        "past_key_values": past_key_values,
+        "cache": cache,
         "position_ids": position_ids,
-        "block_sequence_ids": get_block_sequence_ids_for_mask(two_way, device=inputs_embeds.device),
     }
-    has_kinds = hasattr(config.text_config, "layer_types")
-    return create_masks_for_vision_model(**arguments) if has_kinds else create_causal_mask(**arguments)
+    full_mask = create_causal_mask(**arguments, or_mask_function=same_block)
+    if not hasattr(config.text_config, "layer_types"):
+        return full_mask
+    # A block longer than the window is seen as far back as the window reaches.
+    in_window = and_masks(sliding_window_overlay(config.text_config.sliding_window), same_block)
+    sliding_mask = create_sliding_window_causal_mask(**arguments, or_mask_function=in_window)
+    return {"full_attention": full_mask, "sliding_attention": sliding_mask}
+
+
+def same_block_mask_function(in_block: torch.BoolTensor) -> Callable:
+    """
+    A mask function as `transformers.masking_utils` composes them: True where two positions are in the same block.
+
+    Args:
+        in_block: [batch, S], True inside blocks. Positions that follow one another are in one block. Later positions,
+            which a static cache has, are in none.
+    """
+    length = in_block.shape[1]
+    starts = in_block & ~F.pad(in_block, (1, 0))[:, :-1]
+    block_ids = F.pad(torch.where(in_block, starts.cumsum(1), 0), (0, 1))  # 0: in no block
+
+    def same_block(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        block = block_ids[batch, query.clamp(max=length)]
+        return (block == block_ids[batch, key.clamp(max=length)]) & (block > 0)
+
+    return same_block

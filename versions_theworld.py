@@ -1,30 +1,85 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
-"""Names, when it is imported, a transformers or diffusers that TheWorld was not tested with."""
+"""
+The one place that knows how versions of transformers and diffusers differ.
 
+All other files are written for the newest. Importing this one checks the versions that are installed.
+"""
+
+import inspect
 import warnings
+from collections.abc import Callable
+from functools import wraps
 from importlib.metadata import version
 
 from packaging.version import Version
 
 
-# The oldest that works, and the first that was not tested; as in pyproject.toml.
-TESTED = {"transformers": ("5.17", "5.24"), "diffusers": ("0.36", "0.43")}
+# The oldest and the newest version that the tests run on.
+TESTED = {"transformers": ("5.17", "5.24"), "diffusers": ("0.36", "0.42")}
+# transformers 5.24 renamed the argument and output `past_key_values`; it accepts the old name until 5.40.
+OLD_CACHE_NAME = "past_key_values"
+CACHE_NAME = "cache" if Version(version("transformers")) >= Version("5.24.0.dev0") else OLD_CACHE_NAME
 
 
 def check_versions() -> None:
     """
-    Compares what is installed with `TESTED`.
+    Compares the installed versions with `TESTED`.
 
-    Warns of a newer one, which often works. Raises an ImportError for an older one, which lacks what TheWorld imports,
-    or computes other numbers (transformers before 5.16 scales embeddings twice).
+    Warns about a newer version, which usually works. Raises an ImportError for an older one: it lacks what TheWorld
+    imports, or computes other numbers (transformers before 5.16 scales embeddings twice).
     """
-    for package, (oldest, untested) in TESTED.items():
+    for package, (oldest, newest) in TESTED.items():
         installed = Version(version(package))
-        remedy = f"`pip install '{package}>={oldest},<{untested}'` gets one that was."
+        tested = f"TheWorld was tested with {package} {oldest} to {newest}, and {installed} is installed"
         if installed < Version(oldest):
-            raise ImportError(f"TheWorld was not tested with {package} {installed}, and needs a later one. {remedy}")
-        if installed.release >= Version(untested).release:
-            warnings.warn(f"TheWorld was not tested with {package} {installed}. {remedy}", stacklevel=2)
+            raise ImportError(f"{tested}. Run `pip install --upgrade '{package}>={oldest}'`.")
+        if installed.release[:2] > Version(newest).release:
+            warnings.warn(f"{tested}. If something fails, try `pip install '{package}=={newest}.*'`.", stacklevel=2)
 
 
 check_versions()
+
+from transformers import masking_utils  # noqa: E402
+from transformers.utils.deprecation import deprecate_kwarg  # noqa: E402
+
+
+def takes_cache(function: Callable) -> Callable:
+    """A function of transformers that takes `cache`; on older versions, under the name it has there."""
+    if CACHE_NAME == "cache":
+        return function
+
+    @wraps(function)
+    def renamed(*args, cache, **kwargs):
+        return function(*args, **{CACHE_NAME: cache}, **kwargs)
+
+    return renamed
+
+
+def accepts_past_key_values(method: Callable) -> Callable:
+    """
+    A method with an argument `cache` that also accepts it as `past_key_values`.
+
+    On older versions `generate` passes `past_key_values`, and looks for it in the signature.
+    """
+    if CACHE_NAME == "cache":
+        return deprecate_kwarg(OLD_CACHE_NAME, version="5.40.0", new_name="cache")(method)
+    signature = inspect.signature(method)
+
+    @wraps(method)
+    def renamed(*args, **kwargs):
+        if OLD_CACHE_NAME in kwargs:
+            if kwargs.get("cache") is not None:
+                raise ValueError("Give the cache once: as `cache` or as `past_key_values`.")
+            kwargs["cache"] = kwargs.pop(OLD_CACHE_NAME)
+        return method(*args, **kwargs)
+
+    parameters = signature.parameters.values()
+    renamed.__signature__ = signature.replace(
+        parameters=[each.replace(name=OLD_CACHE_NAME) if each.name == "cache" else each for each in parameters]
+    )
+    return renamed
+
+
+create_causal_mask = takes_cache(masking_utils.create_causal_mask)
+create_sliding_window_causal_mask = takes_cache(masking_utils.create_sliding_window_causal_mask)
+create_masks_for_generate = takes_cache(masking_utils.create_masks_for_generate)

@@ -73,14 +73,14 @@ class Prompt:
 
     def prefill(self) -> None:
         self.cache = DynamicCache(config=GEMMA)
-        self.model(self.input_ids, world_latents=self.latents, past_key_values=self.cache, logits_to_keep=1)
+        self.model(self.input_ids, world_latents=self.latents, cache=self.cache, logits_to_keep=1)
 
     def decode(self) -> None:
         for _ in range(NUM_ANSWER_TOKENS):
-            self.model(torch.tensor([[500]]), past_key_values=self.cache)
+            self.model(torch.tensor([[500]]), cache=self.cache)
 
     def ask_again(self) -> None:
-        self.model(self.question, past_key_values=self.cache, logits_to_keep=1)
+        self.model(self.question, cache=self.cache, logits_to_keep=1)
 
     @property
     def cache_megabytes(self) -> float:

@@ -1,6 +1,8 @@
 """Pins what the model computes: Gemma untouched without an image, and with one, answers that depend on it."""
 
 import functools
+import inspect
+import warnings
 from contextlib import contextmanager
 from copy import deepcopy
 from unittest import mock
@@ -13,6 +15,7 @@ from tiny_sources import TEXT_CONFIGS, VAE_FIELDS
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, set_seed
 
 from theworld import TheWorldConfig, TheWorldForConditionalGeneration
+from theworld.versions_theworld import CACHE_NAME
 
 
 FLOAT32_TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
@@ -40,6 +43,11 @@ def inputs(processor):
 
 def without_images(inputs) -> dict:
     return {name: tensor for name, tensor in inputs.items() if name != "pixel_values"}
+
+
+def without_masks(inputs) -> dict:
+    """Inputs of one prompt, whose mask and token types follow from its ids."""
+    return {name: tensor for name, tensor in inputs.items() if name not in ("attention_mask", "token_type_ids")}
 
 
 def generate(model, inputs, **options) -> torch.Tensor:
@@ -177,7 +185,7 @@ def test_decoding_compiles_whole_and_gives_the_same_answer(model, inputs):
 @pytest.mark.parametrize("checkpoint", ["gemma2", "gemma3_text"], indirect=True)
 def test_sliding_layers_keep_no_more_than_their_window(model, inputs):
     cache = DynamicCache(config=model.config.text_config)
-    generate(model, inputs, past_key_values=cache)
+    generate(model, inputs, **{CACHE_NAME: cache})
     window = model.config.text_config.sliding_window
     kinds = model.config.text_config.layer_types
     assert "sliding_attention" in kinds and inputs["input_ids"].shape[1] > 2 * window
@@ -198,13 +206,40 @@ def test_a_second_question_goes_on_from_the_first_ones_cache(model, processor):
     """The images that the cache holds are neither encoded nor given again."""
     first = processor(text=f"<world>{QUESTION}", images=pictures(1)[0], return_tensors="pt")
     cache = DynamicCache(config=model.config.text_config)
-    answered = torch.cat([first["input_ids"], generate(model, first, past_key_values=cache)], dim=1)
+    answered = torch.cat([first["input_ids"], generate(model, first, **{CACHE_NAME: cache})], dim=1)
     second = processor(text="and?", return_tensors="pt")["input_ids"][:, 1:]
     whole = {"input_ids": torch.cat([answered, second], dim=1)}
     whole["attention_mask"] = torch.ones_like(whole["input_ids"])
     with mock.patch.object(model.model.world_encoder, "forward", side_effect=AssertionError("encoded again")):
-        answer = generate(model, whole, past_key_values=cache)
+        answer = generate(model, whole, **{CACHE_NAME: cache})
     assert torch.equal(answer, generate(model, whole | {"pixel_values": first["pixel_values"]}))
+
+
+def test_the_cache_is_accepted_by_its_old_name_too(model, processor):
+    """`past_key_values` until transformers 5.23, `cache` from 5.24 on."""
+    prompt = processor(text=f"<world>{QUESTION}", images=pictures(1)[0], return_tensors="pt")
+    with torch.no_grad():
+        first = model(**prompt, use_cache=True)
+    next_token = {"input_ids": first.logits[:, -1:].argmax(-1)}
+    whole = prompt | {"input_ids": torch.cat([prompt["input_ids"], next_token["input_ids"]], dim=1)}
+    expected = logits_of(model, without_masks(whole))[:, -1:]
+    for name in ("cache", "past_key_values"):
+        continued = logits_of(model, next_token, **{name: deepcopy(first[CACHE_NAME])})
+        torch.testing.assert_close(continued, expected, **FLOAT32_TOLERANCE)
+    assert CACHE_NAME in inspect.signature(model.forward).parameters
+
+
+@pytest.mark.skipif(CACHE_NAME != "cache", reason="transformers renamed the cache in 5.24")
+def test_only_the_old_name_of_the_cache_is_deprecated(model, processor):
+    prompt = processor(text=QUESTION, return_tensors="pt")
+    cache = DynamicCache(config=model.config.text_config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        logits_of(model, prompt, cache=cache)
+        generate(model, prompt, cache=DynamicCache(config=model.config.text_config))
+        assert model(**prompt, use_cache=True).cache is not None
+    with pytest.warns(FutureWarning, match="past_key_values"):
+        logits_of(model, prompt, past_key_values=DynamicCache(config=model.config.text_config))
 
 
 def test_prompt_lookup_gives_the_same_answer(model, processor):

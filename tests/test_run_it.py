@@ -28,6 +28,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from recipe.scenes import SPLITS, draw_scene
+from theworld.versions_theworld import CACHE_NAME
 
 
 ROOT = Path(__file__).parent.parent
@@ -229,7 +230,7 @@ def test_a_conversation_encodes_each_image_once(model, processor, scenes):
         )
         pixel_values = inputs.pop("pixel_values")
         new = {"pixel_values": pixel_values[-1:]} if image else {}
-        output = model.generate(**inputs, **new, past_key_values=cache)
+        output = model.generate(**inputs, **new, **{CACHE_NAME: cache})
         cached = images_encoded.copy()
         assert torch.equal(output, model.generate(**inputs, pixel_values=pixel_values))  # all read anew
         images_encoded[:] = cached

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
@@ -77,23 +78,27 @@ def test_a_datasets_own_paths_are_read(tmp_path, monkeypatch):
         existing(Path("."), "b.png")
 
 
-def test_the_tested_versions_are_those_of_the_package():
-    project = (ROOT / "pyproject.toml").read_text()
-    for package, (oldest, untested) in versions_theworld.TESTED.items():
-        assert f'"{package}>={oldest},<{untested}"' in project
+def test_the_package_requires_the_oldest_tested_versions_without_upper_bounds():
+    for package, (oldest, _) in versions_theworld.TESTED.items():
+        (bounds,) = (requirement for requirement in requires("theworld") if re.match(rf"{package}\b", requirement))
+        assert bounds == f"{package}>={oldest}"
+    assert not [requirement for requirement in requires("theworld") if "<" in requirement]
 
 
 @pytest.mark.parametrize("package", versions_theworld.TESTED)
 def test_versions_outside_the_tested_are_named_in_one_line(monkeypatch, package, recwarn):
-    oldest, untested = versions_theworld.TESTED[package]
-    installed = {name: oldest for name, (oldest, _) in versions_theworld.TESTED.items()}
-    monkeypatch.setattr(versions_theworld, "version", installed.get)
-    versions_theworld.check_versions()
+    oldest, newest = versions_theworld.TESTED[package]
+    for tested in versions_theworld.TESTED[package]:
+        installed = {name: oldest for name, (oldest, _) in versions_theworld.TESTED.items()} | {package: f"{tested}.7"}
+        monkeypatch.setattr(versions_theworld, "version", installed.get)
+        versions_theworld.check_versions()
     assert not recwarn
-    for newer in (untested, f"{untested}.0.dev0"):
+    major, minor = newest.split(".")
+    for newer in (f"{major}.{int(minor) + 1}.0", f"{major}.{int(minor) + 1}.0.dev0"):
         installed[package] = newer
-        with pytest.warns(UserWarning, match=f"was not tested with {package} {re.escape(newer)}. `pip install"):
+        expected = f"tested with {package} {oldest} to {newest}, and {newer} is installed."
+        with pytest.warns(UserWarning, match=re.escape(expected)):
             versions_theworld.check_versions()
     installed[package] = "0.1"
-    with pytest.raises(ImportError, match=f"was not tested with {package} 0.1, and needs a later one. `pip install"):
+    with pytest.raises(ImportError, match=f"{package} {oldest} to {newest}, and 0.1 is installed. Run `pip install"):
         versions_theworld.check_versions()

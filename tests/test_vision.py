@@ -39,6 +39,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from conversations import ConversationCollator
 from convert_weights import main, map_gemma_key
 from theworld import TheWorldConfig
+from theworld.versions_theworld import CACHE_NAME
 
 
 ROOT = Path(__file__).parent.parent
@@ -261,13 +262,13 @@ def test_a_second_image_goes_on_from_the_first_ones_cache(model, processor):
     length = first["input_ids"].shape[1]
     assert torch.equal(whole["input_ids"][:, :length], first["input_ids"])
     cache = DynamicCache(config=model.config.text_config)
-    logits_of(model, first, past_key_values=cache)
+    logits_of(model, first, **{CACHE_NAME: cache})
     rest = {
         "input_ids": whole["input_ids"][:, length:],
         "pixel_values": whole["pixel_values"][1:],
         "vision_pixel_values": whole["vision_pixel_values"][1:],
     }
-    continued = logits_of(model, rest, past_key_values=cache)
+    continued = logits_of(model, rest, **{CACHE_NAME: cache})
     torch.testing.assert_close(continued, logits_of(model, whole)[:, length:], **FLOAT32_TOLERANCE)
 
 
