@@ -49,6 +49,25 @@ from .versions_theworld import CACHE_NAME, accepts_past_key_values, create_masks
 ENGINE_ATTENTION = ("vllm", "sglang")
 
 
+def check_served(config: TheWorldConfig) -> None:
+    """Raises a `ValueError` if a serving engine, whose masks are all causal, would answer as another model."""
+    if config.vision_config is not None:
+        raise ValueError(
+            "A serving engine reads world tokens only, and this model has a `vision_config`. Convert Gemma 3 "
+            "without `--vision` for it."
+        )
+    if config.world_attention == "bidirectional":
+        raise ValueError(
+            "A serving engine masks causally, but this model has `world_attention='bidirectional'`. Use transformers, "
+            "or a checkpoint with `world_attention='causal'`."
+        )
+    if getattr(config.text_config, "use_bidirectional_attention", None):
+        raise ValueError(
+            "A serving engine masks causally, but this model's `text_config` has `use_bidirectional_attention`. Use "
+            "transformers."
+        )
+
+
 @dataclass
 class TheWorldModelOutputWithPast(BaseModelOutputWithPast):
     """`BaseModelOutputWithPast`, and the world tokens [.., D] that went in, by images and by videos."""
@@ -512,11 +531,7 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
         model, and wants the hidden states.
         """
         if kwargs.get("attn_implementation", config.text_config._attn_implementation) in ENGINE_ATTENTION:
-            if config.vision_config is not None:
-                raise ValueError(
-                    "A serving engine reads world tokens only, and this model has a `vision_config`. Convert Gemma 3 "
-                    "without `--vision` for it."
-                )
+            check_served(config)
             return TheWorldModel._from_config(config, **kwargs)
         return super()._from_config(config, **kwargs)
 

@@ -287,3 +287,18 @@ def test_an_engine_gets_the_model_without_a_head_and_users_the_one_that_generate
         assert type(engines).__name__ == "TheWorldModel"
         assert engines.language_model.config._attn_implementation == engine
         assert not any("lm_head" in name for name, _ in engines.named_parameters())
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"world_attention": "bidirectional"}, "`world_attention='bidirectional'`"),
+        ({"text_config": {"use_bidirectional_attention": True}}, "`use_bidirectional_attention`"),
+    ],
+)
+def test_an_engine_is_refused_what_it_would_mask_causally(engine, fields, named):
+    config = AutoConfig.from_pretrained(ROOT, trust_remote_code=True, **fields)
+    assert type(AutoModel.from_config(config, trust_remote_code=True)).__name__ == "TheWorldForConditionalGeneration"
+    with pytest.raises(ValueError, match=f"A serving engine masks causally, but this model.*{named}"):
+        AutoModel.from_config(config, trust_remote_code=True, attn_implementation=engine)
