@@ -7,12 +7,17 @@ and of Gemma 3's own image tokens where the model has them; one `<world_video>` 
 # First: it names a transformers that lacks what follows.
 from .versions_theworld import TESTED  # noqa: F401 # isort: skip
 
+from collections.abc import Iterable
+
+import numpy as np
 import torch
 from jinja2 import TemplateError
+from PIL import Image
 from transformers import BatchFeature, Gemma3Processor, ProcessorMixin, SiglipImageProcessorPil
+from transformers.image_processing_utils import get_size_dict
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorKwargs, Gemma3ImageProcessorPil
-from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, Unpack
 from transformers.video_utils import VideoInput, VideoMetadataType
 
 from .checks_theworld import check_text
@@ -23,6 +28,9 @@ from .videos_theworld import count_videos_by_prompt, fill_up, flatten_metadata, 
 # The tower sees images of one size, whatever the size of those that become world tokens; and only it sees crops.
 WORLD_ONLY = ("size", "do_resize")
 VISION_ONLY = tuple(name for name in Gemma3ImageProcessorKwargs.__annotations__ if "pan_and_scan" in name)
+# Options that say how large images become, and which numbers their pixels become.
+AREAS = ("size", "pad_size", "crop_size")
+SCALES = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
 
 
 class TheWorldImagesKwargs(Gemma3ImageProcessorKwargs, total=False):
@@ -84,6 +92,34 @@ def list_latents(world_latents: torch.Tensor | list) -> list:
             f"{', '.join(sorted(found))}. `get_world_latents` returns them for a batch of images."
         )
     return entries
+
+
+def check_areas(images: list[Image.Image], **options) -> None:
+    """Raises a `ValueError` if an option makes an image larger than Pillow opens one, before memory is taken."""
+    for name in AREAS:
+        if options.get(name) is None or Image.MAX_IMAGE_PIXELS is None:
+            continue
+        sides = get_size_dict(options[name], default_to_square=False, param_name=name)
+        if "height" in sides:
+            area = sides["height"] * sides["width"]
+        else:  # the other side follows from the image's own
+            area = max(sides.values()) ** 2 * max(max(image.size) / min(image.size) for image in images)
+        if area > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(
+                f"`{name}` must give images of at most {Image.MAX_IMAGE_PIXELS:,} pixels, got {options[name]!r:.80}. "
+                "Make it smaller, or, if you trust where it comes from, raise `PIL.Image.MAX_IMAGE_PIXELS`."
+            )
+
+
+def check_range(pixel_values: Iterable[torch.Tensor | np.ndarray]) -> None:
+    """Raises a `ValueError` unless images are scaled to [-1, 1]; a server would hand others to the model and end."""
+    for pixels in pixel_values:
+        least, greatest = torch.as_tensor(pixels).aminmax()
+        if not (least >= -1.001 and greatest <= 1.001):  # the encoder's slack; NaN fails too
+            raise ValueError(
+                f"Images must be scaled to [-1, 1], but these options give {least:.4g} to {greatest:.4g}. Leave "
+                f"{', '.join(f'`{name}`' for name in SCALES)} as they are."
+            )
 
 
 class TheWorldProcessor(ProcessorMixin):
@@ -166,7 +202,7 @@ class TheWorldProcessor(ProcessorMixin):
         videos: VideoInput | None = None,
         *,
         world_latents: torch.Tensor | list | None = None,
-        **kwargs,
+        **kwargs: Unpack[TheWorldProcessorKwargs],
     ) -> BatchFeature:
         """
         Text, images and videos to the model's inputs.
@@ -292,6 +328,8 @@ class TheWorldProcessor(ProcessorMixin):
         for name in VISION_ONLY if self.vision_settings is None else ():
             if kwargs.get(name) is not None:
                 raise ValueError(f"`{name}` is for Gemma 3's own vision, which this model has not. Leave it out.")
+        if self.vision_settings is None and not world and images:
+            raise ValueError("`world=False` leaves nothing of an image where there is no vision. Leave the image out.")
         vision = self.vision_settings is not None if vision is None else vision
         nothing = {}, [""] * len(images)
         if not images:
@@ -308,7 +346,10 @@ class TheWorldProcessor(ProcessorMixin):
 
     def _process_pixels(self, images: list, **kwargs) -> tuple[dict, list[str]]:
         """`pixel_values`, and the text that stands for each image's world tokens."""
+        check_areas(images, **kwargs)
         inputs, texts = super()._process_images(images, **kwargs)
+        if any(name in kwargs for name in SCALES):  # as they are, they give the right range
+            check_range(inputs["pixel_values"])
         return dict(inputs), texts
 
     def _process_latents(self, images: list[torch.Tensor], **kwargs) -> tuple[dict, list[str]]:

@@ -222,6 +222,52 @@ def test_sizes_that_would_be_cropped_are_refused(processor, photo, height, width
         processor(text="<world>", images=photo, size=size)
 
 
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_rescale": False},
+        {"do_rescale": False, "do_normalize": False},
+        {"rescale_factor": 1e9},
+        {"rescale_factor": NAN},
+        {"image_mean": [NAN, NAN, NAN]},
+        {"image_std": NAN},
+        {"image_std": [1e-30] * 3},
+        {"images_kwargs": {"do_rescale": False}},
+    ],
+    ids=str,
+)
+def test_options_that_spoil_the_range_are_refused(processor, photo, options):
+    with pytest.raises(ValueError, match=r"Images must be scaled to \[-1, 1\], but these options give .* Leave `do_r"):
+        processor(text="<world>", images=photo, return_tensors="pt", **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"size": {"height": 80_000, "width": 80_000}},
+        {"size": {"shortest_edge": 80_000}},
+        {"size": {"shortest_edge": 8_000}},
+        {"size": 80_000},
+        {"do_pad": True, "pad_size": {"height": 80_000, "width": 80_000}},
+        {"do_center_crop": True, "crop_size": {"height": 80_000, "width": 80_000}},
+    ],
+    ids=str,
+)
+def test_sizes_beyond_pillows_limit_are_refused(processor, options):
+    name = next(name for name in options if "size" in name)
+    with pytest.raises(ValueError, match=f"`{name}` must give images of at most 89,478,485 pixels, got .* Make it"):
+        processor(text="<world>", images=Image.new("RGB", (32, 8)), **options)
+
+
+def test_an_image_that_would_leave_nothing_is_refused(processor, photo):
+    for options in ({"world": False}, {"world": False, "vision": False}, {"images_kwargs": {"world": False}}):
+        with pytest.raises(ValueError, match="`world=False` leaves nothing of an image where there is no vision"):
+            processor(text="<world>", images=photo, **options)
+
+
 def test_truncation_through_world_tokens_is_refused(processor, photo):
     with pytest.raises(ValueError, match="Mismatch in `image` token count"):
         processor(text="<world>", images=photo, truncation=True, max_length=20)
