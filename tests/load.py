@@ -31,6 +31,33 @@ SCENES = 12
 BROKEN_OFF = "broken off"
 REFUSED = "refused"
 
+# Texts of one message that make a placeholder where they stand side by side.
+SPLIT_TEXTS = (
+    ["<wor", "ld>"],
+    ["<wor ", " ld>"],
+    ["<wor", " ", "ld>"],
+    ["<world_", "video>"],
+    ["<start_of_", "world>"],
+)
+# What a client that is let (`--trust-request-mm-kwargs`) may ask of the processor, and must not get.
+SPOILING_OPTIONS = (
+    {"do_rescale": False},
+    {"do_rescale": False, "do_normalize": False},
+    {"rescale_factor": 1e9},
+    {"image_mean": [9.0, 9.0, 9.0]},
+    {"image_std": [1e-30, 1e-30, 1e-30]},
+    {"image_std": [0.0, 0.0, 0.0]},
+    {"images_kwargs": {"do_rescale": False}},
+    {"world": False},
+    {"encoded": True},
+    {"size": {"height": 60, "width": 64}},
+    {"size": {"height": 80_000, "width": 80_000}},
+    {"size": {"shortest_edge": 80_000}},
+    {"do_pad": True, "pad_size": {"height": 80_000, "width": 80_000}},
+    {"resample": 99},
+    {"videos": ["/etc/hostname"]},
+)
+
 
 class Request(NamedTuple):
     """
@@ -148,13 +175,16 @@ def web(address: str, process: int, number: int, folder: Path) -> dict[str, Any]
 
 
 def vllm(address: str, process: int, number: int) -> dict[str, Any]:
-    """Loads vLLM's server: no picture, one, two, and a picture that is none."""
+    """
+    Loads vLLM's server: no picture, one and two; a picture that is none, placeholders typed in halves or by the
+    template's arguments, and options that spoil a picture.
+    """
     import openai
     from test_vllm import MAX_TOKENS, content_of
 
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
 
-    def completion(content: list[dict]) -> Callable:
+    def completion(content: list[dict], **fields: Any) -> Callable:
         def send(seconds: float | None) -> Any:
             asking = client if seconds is None else client.with_options(timeout=seconds / 10)
             try:
@@ -163,6 +193,7 @@ def vllm(address: str, process: int, number: int) -> dict[str, Any]:
                     messages=[{"role": "user", "content": content}],
                     temperature=0,
                     max_completion_tokens=MAX_TOKENS,
+                    extra_body=fields,
                 )
             except openai.APITimeoutError:
                 return BROKEN_OFF
@@ -173,14 +204,19 @@ def vllm(address: str, process: int, number: int) -> dict[str, Any]:
         return send
 
     asked = pictures_and_questions()
-    sends = []
+    contents = []
     for turn, (picture, question) in enumerate(asked):
         other = asked[turn - 1][0]
-        message = [[picture, question], [picture, "and", other, question], [question]][turn % 3]
-        sends.append(completion(content_of(message)))
+        contents.append(content_of([[picture, question], [picture, "and", other, question], [question]][turn % 3]))
+    requests = [Request(send, send(None)) for send in map(completion, contents)]
+    placeholder = {"chat_template_kwargs": {"bos_token": "<world>"}}
+    requests += [Request(completion(contents[0], **placeholder), requests[0].expected)]
+
     bad = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,bm90IGFuIGltYWdl"}}]
-    requests = [Request(send, send(None)) for send in sends] + [Request(completion(bad), REFUSED)]
-    return load(requests, number, process)
+    sends = [completion(bad)]
+    sends += [completion(content_of([asked[0][0], *texts, asked[0][1]])) for texts in SPLIT_TEXTS]
+    sends += [completion(contents[0], mm_processor_kwargs=options) for options in SPOILING_OPTIONS]
+    return load(requests + [Request(send, REFUSED) for send in sends], number, process)
 
 
 def main(server: str, number: int) -> None:
@@ -194,7 +230,7 @@ def main(server: str, number: int) -> None:
         else:
             from test_vllm import serve
 
-            with serve(ROOT, folder, "--dtype", "float32") as (address, process):
+            with serve(ROOT, folder, "--dtype", "float32", "--trust-request-mm-kwargs") as (address, process):
                 report = {**vllm(address, process, number), "version": f"vLLM {version('vllm')}"}
     print(json.dumps(report))
 
