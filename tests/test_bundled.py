@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import chat
-from test_user_route import run_fresh
+from fresh import run_fresh
 from transformers import AutoModel, AutoProcessor
 
 from recipe.clips import CLIP_KINDS

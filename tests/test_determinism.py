@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import chat
+from fresh import load_fresh
 from transformers import AutoModel, AutoProcessor, set_seed
 
 from recipe.scenes import SPLITS, draw_scene
@@ -93,8 +94,12 @@ def test_kernels_of_attention_give_the_same_answers(convert, family, attention, 
 def test_a_saved_model_has_the_answers_of_the_one_in_memory(bundled, asked, alone, tmp_path):
     model, processor = bundled
     model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
     saved = AutoModel.from_pretrained(tmp_path, trust_remote_code=True).eval()
     assert answer(saved, processor, *asked) == alone
+    inputs = chat(processor, *asked[0])
+    with torch.no_grad():
+        assert torch.equal(load_fresh(inputs, tmp_path)[0], model(**inputs).logits)
 
 
 def test_a_seed_fixes_what_is_sampled(bundled, asked):

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from fresh import run_fresh
 from hub import Hub
 from huggingface_hub.constants import DOWNLOAD_CHUNK_SIZE
-from test_user_route import MODEL_FILES, run_fresh
+from test_user_route import MODEL_FILES
 from transformers import AutoModel
 
 

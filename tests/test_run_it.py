@@ -10,10 +10,11 @@ import pytest
 import torch
 import transformers
 from conftest import chat
+from fresh import run_fresh
 from huggingface_hub import ModelCard
 from packaging import version
 from PIL import Image
-from test_user_route import MODEL_FILES, run_fresh
+from test_user_route import MODEL_FILES
 from transformers import (
     AutoConfig,
     AutoModel,

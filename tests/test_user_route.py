@@ -1,12 +1,10 @@
 """Pins the user's route: a folder, the Auto classes, a fresh process, an empty cache."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from fresh import run_fresh
 
 import convert_weights
 
@@ -14,14 +12,6 @@ import convert_weights
 TESTS = Path(__file__).parent
 
 MODEL_FILES = set(convert_weights.MODEL_FILES)
-
-
-def run_fresh(*arguments, cache: Path) -> str:
-    environment = {**os.environ, "HF_HOME": str(cache), "HF_MODULES_CACHE": str(cache / "modules")}
-    command = [sys.executable, "-W", "ignore", *map(str, arguments)]
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout
 
 
 def test_generation_from_text_images_and_batches(checkpoint, tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from fresh import load_fresh
 from huggingface_hub.errors import StrictDataclassError
 from packaging import version
 from PIL import Image
@@ -328,6 +329,7 @@ def test_weights_arrive_bit_for_bit_and_survive_a_save(gemma, model, processor, 
     expected = batch(processor, do_pan_and_scan=True)
     assert all(torch.equal(inputs[name], expected[name]) for name in expected)
     assert torch.equal(logits_of(again, inputs), logits_of(model, expected))
+    assert torch.equal(load_fresh(inputs, tmp_path)[0], logits_of(model, expected))
 
 
 def test_a_new_projector_starts_as_gemma_3_s_does(model):
