@@ -142,6 +142,18 @@ class TheWorldPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _supports_attention_backend = True
 
+    def __init_subclass__(cls, **kwargs):
+        """
+        As transformers' own, but a subclass that torch makes goes by the name of its parent.
+
+        FSDP makes one, in a module of torch, for each class that it shards. A save would name it in `auto_map`, and
+        copy torch's files instead of these.
+        """
+        super().__init_subclass__(**kwargs)
+        if cls.__module__.startswith("torch."):
+            parent = cls.__bases__[-1]
+            cls.__name__, cls.__module__ = parent.__name__, parent.__module__
+
     @classmethod
     def from_pretrained(
         cls,
@@ -179,6 +191,23 @@ class TheWorldPreTrainedModel(PreTrainedModel):
                 "to train what is missing, load it with `output_loading_info=True`."
             )
         return model
+
+    def gather_sharded_state_dict_for_save(self, model_to_save, state_dict: dict, *args, **kwargs) -> dict:
+        """
+        As transformers' own, but it stores tied weights once, and keeps what is in `state_dict` alone.
+
+        Each tensor is gathered into memory of its own, by which transformers no longer sees that two are tied. A
+        `state_dict` may have tensors that the model lacks: those of an encoder that training on latents left out.
+        """
+        gathered = super().gather_sharded_state_dict_for_save(model_to_save, state_dict, *args, **kwargs)
+        if gathered is state_dict:
+            return state_dict
+        others = {name: tensor for name, tensor in state_dict.items() if type(tensor) is torch.Tensor}
+        whole = {**others, **gathered}
+        for name, source in self.all_tied_weights_keys.items():
+            if name in whole and source in whole and torch.equal(whole[name], whole[source]):
+                del whole[name]
+        return whole
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
