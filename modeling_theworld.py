@@ -41,7 +41,7 @@ from .checks_theworld import (
 )
 from .configuration_theworld import TheWorldConfig
 from .encoder_theworld import TheWorldEncoder
-from .streams_theworld import STREAMS, Stream, check_whole, create_block_masks
+from .streams_theworld import STREAMS, VISION_TYPE, Stream, check_whole, create_block_masks
 from .versions_theworld import CACHE_NAME, accepts_past_key_values, create_masks_for_generate, takes_cache
 
 
@@ -479,6 +479,45 @@ class TheWorldModel(TheWorldPreTrainedModel):
         """What each token of a prompt stands for, [batch, S]: 0 text, 1 one of Gemma's own, 2 a world token."""
         return sum(stream.type_id * self.find_places(input_ids, inputs_embeds, stream) for stream in self.streams)
 
+    @property
+    def is_in_step(self) -> bool:
+        """
+        Whether other processes wait for this one in every module.
+
+        They do where FSDP gathers the encoder's weights, and in training, where gradients are averaged.
+        """
+        if hasattr(self.world_encoder, "unshard"):  # FSDP's
+            return True
+        if not (self.training and torch.is_grad_enabled() and torch.distributed.is_available()):
+            return False
+        return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+
+    def add_absent_streams(self, inputs_embeds: torch.Tensor, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
+        """
+        `inputs_embeds`, with every stream's modules in their graph; the numbers stay.
+
+        A batch without images would use fewer modules than those of the other processes, which would wait forever.
+        """
+        for stream in self.streams:
+            if stream.name not in tokens:
+                blank = self.encode_streams(**self.make_blank(stream, inputs_embeds))[stream.name]
+                inputs_embeds = inputs_embeds + blank.flatten()[:0].sum()  # zero, and so is its gradient
+        return inputs_embeds
+
+    def make_blank(self, stream: Stream, like: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The smallest input of a stream, of zeros; latents where the encoder is not in memory."""
+        name, *others = stream.inputs
+        world, vision = self.config.world_config, self.config.vision_config
+        if stream.type_id == VISION_TYPE:
+            return {name: like.new_zeros(1, vision.num_channels, vision.image_size, vision.image_size)}
+        side = self.config.image_size if self.config.token_layout == "channel" else self.config.patch_size
+        frames, channels = 1 + world.temporal_compression_ratio, world.in_channels
+        if next(self.world_encoder.parameters(), None) is None:
+            (name,) = others
+            frames, channels, side = 2, world.z_dim, side // world.spatial_compression_ratio
+        shape = (1, frames, channels, side, side) if stream.ndim == 5 else (1, channels, side, side)
+        return {name: like.new_zeros(shape)}
+
     @accepts_past_key_values
     @can_return_tuple
     def forward(
@@ -520,6 +559,8 @@ class TheWorldModel(TheWorldPreTrainedModel):
             token_type_ids = self.get_token_types(input_ids, inputs_embeds)
         # What `generate` has encoded it has checked too, and may bring in pieces.
         inputs_embeds = self.put_in_place(input_ids, inputs_embeds, tokens, whole=mm_encoder_outputs is None)
+        if cache is None and self.is_in_step:
+            inputs_embeds = self.add_absent_streams(inputs_embeds, tokens)
         attention_mask = create_block_masks(
             self.config, inputs_embeds, attention_mask, cache, position_ids, token_type_ids
         )
