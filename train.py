@@ -28,7 +28,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModel, AutoProcessor, PreTrainedModel, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
+from transformers.utils import CONFIG_NAME
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 from conversations import ConversationCollator, load_conversations
@@ -44,6 +45,7 @@ from theworld.folders import (
 )
 
 
+ADAPTER_CONFIG = "adapter_config.json"
 GEMMA_MATRICES = r".*\.language_model\.layers\..*_proj"
 
 
@@ -70,6 +72,13 @@ class Arguments:
     )
     fsdp_size: int = field(default=1, metadata={"help": "Processes that share the weights (transformers 5.23)."})
     tp_size: int = field(default=1, metadata={"help": "Processes that share each layer's work (transformers 5.23)."})
+    overwrite: bool = field(
+        default=False, metadata={"help": "Train anew into an --output_dir that holds a model or checkpoints."}
+    )
+
+    @property
+    def trains_adapter(self) -> bool:
+        return self.train in ("projection", "lora")
 
 
 class ParallelismOnCpu(ParallelismConfig):
@@ -175,7 +184,7 @@ def load_model(args: Arguments) -> PreTrainedModel:
 
 def choose_parts(model: PreTrainedModel, args: Arguments) -> nn.Module:
     """Freezes what is not to be trained; an adapter holds the parts of "projection" and "lora"."""
-    if args.train in ("language", "all"):
+    if not args.trains_adapter:
         model.requires_grad_(True)
         model.model.world_encoder.requires_grad_(args.train == "all")
         for name, parameter in model.model.world_encoder.named_parameters():
@@ -220,12 +229,72 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Arguments, SFTC
     config.remove_unused_columns = False
     if args.tp_size > 1:
         config.parallelism_config = ParallelismOnCpu(tp_size=args.tp_size, dp_shard_size=args.fsdp_size)
+    config.resume_from_checkpoint = find_checkpoint(config)
     return args, config
+
+
+def find_checkpoint(config: SFTConfig) -> str | None:
+    """
+    The folder to go on from: what `--resume_from_checkpoint` names; if that is "true", the newest of the run's.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    name = str(config.resume_from_checkpoint or "false")
+    if name.lower() == "false":
+        return None
+    if name.lower() == "true":
+        name = os.path.isdir(config.output_dir) and get_last_checkpoint(config.output_dir)
+    if not name or not (Path(name) / TRAINER_STATE_NAME).is_file():
+        raise ValueError(
+            f"--resume_from_checkpoint takes a folder `checkpoint-N` that a run wrote, or `true` for the newest in "
+            f"--output_dir. There is none {f'at {name}' if name else f'in {config.output_dir}'}."
+        )
+    return name
+
+
+def check_resumable(args: Arguments, checkpoint: Path) -> None:
+    """Raises a `ValueError` if a checkpoint is not one of a run with the same `--train`, or has no optimizer."""
+    if not any(checkpoint.glob("optimizer*")):
+        raise ValueError(
+            f"{checkpoint} holds a model without its optimizer (--fsdp_size, --tp_size and --save_only_model write "
+            "such ones), so that no run can go on from it. Start a new run with it as --model."
+        )
+    wrote = "an adapter" if (checkpoint / ADAPTER_CONFIG).is_file() else "a whole model"
+    if wrote != (writes := "an adapter" if args.trains_adapter else "a whole model"):
+        raise ValueError(
+            f"{checkpoint} holds {wrote}, and --train {args.train} trains {writes}. Resume with the run's own --train."
+        )
+
+
+def check_output(args: Arguments, config: SFTConfig) -> None:
+    """
+    Raises, before work is done in vain, if the run would replace what nobody asked it to.
+
+    Raises:
+        ValueError: If the output is the model to start from.
+        FileExistsError: If it holds a model or checkpoints, and the run neither resumes one of them nor overwrites.
+        OSError: If it cannot be written.
+    """
+    output = Path(config.output_dir).absolute()
+    if output.resolve() == Path(args.model).resolve():
+        raise ValueError(f"--output_dir is {args.model}, the --model that the run starts from. Choose another folder.")
+    check_replaceable(output)
+    of_runs = (CONFIG_NAME, ADAPTER_CONFIG, f"{PREFIX_CHECKPOINT_DIR}-*")
+    held = sorted(path.name for pattern in of_runs for path in output.glob(pattern))
+    resumes = config.resume_from_checkpoint and Path(config.resume_from_checkpoint).resolve().parent
+    if held and not args.overwrite and resumes != output.resolve():
+        raise FileExistsError(
+            f"{output} holds {', '.join(held)} of an earlier run. Choose another --output_dir, go on with "
+            "`--resume_from_checkpoint true`, or replace them with `--overwrite true`."
+        )
 
 
 def main(arguments: list[str] | None = None, callbacks: Sequence[TrainerCallback] = ()) -> Trainer:
     args, config = parse_arguments(arguments)
-    check_replaceable(Path(config.output_dir).absolute())
+    check_output(args, config)
+    if config.resume_from_checkpoint:
+        check_resumable(args, Path(config.resume_from_checkpoint))
     train_dataset, eval_dataset = load_data(args)
     model = load_model(args)
     if is_latents(args.dataset):

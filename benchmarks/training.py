@@ -31,6 +31,7 @@ def seconds(dataset: Path, output: Path, parts: str) -> float:
         "dataset": dataset,
         "train": parts,
         "output_dir": output,
+        "overwrite": True,
         "max_steps": STEPS,
         "per_device_train_batch_size": 8,
         "save_strategy": "no",

@@ -127,7 +127,7 @@ def kill_trainings(model: str, dataset: str, output: Path, number: int) -> dict[
     options = {"model": model, "dataset": dataset, "output_dir": output, "save_strategy": "steps", "save_steps": 1}
 
     def run() -> None:
-        train.main(options_of(**options, max_steps=2, train="projection"))
+        train.main(options_of(**options, max_steps=2, train="projection", overwrite=True))
 
     killed = survived = 0
     for moment in moments(run, number):

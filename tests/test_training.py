@@ -11,11 +11,12 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
+from fresh import load_fresh, run_fresh
 from packaging import version
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_user_route import MODEL_FILES, run_fresh
+from test_user_route import MODEL_FILES
 from training import losses_of, run_train, write_conversations
 from transformers import AutoModel, TrainerCallback, TrainingArguments
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
@@ -172,10 +173,10 @@ def test_a_run_changes_its_parts_alone_and_reloads_by_the_plain_routes(parts, da
     inputs = processor(text="<world>What is it?", images=draw_scene(9).image, return_tensors="pt")
     with torch.no_grad():
         logits = trained.model.eval()(**inputs).logits
-    loaded = []
     # transformers 5.17 says that it misses parts of an adapter, and leaves them out.
     if parts in ("language", "all") or version.parse(transformers.__version__) >= version.parse("5.23"):
-        loaded.append(AutoModel.from_pretrained(folder, trust_remote_code=True))
+        torch.testing.assert_close(load_fresh(inputs, folder)[0], logits, atol=1e-4, rtol=1e-4)
+    loaded = []
     assert convert_weights.main(["--verify", str(folder)]) == (parts in ("projection", "lora"))
     files = {path.name for path in folder.iterdir()}
     assert {"processor_config.json", "chat_template.jinja", "processing_theworld.py", "tokenizer.json"} <= files
@@ -186,7 +187,8 @@ def test_a_run_changes_its_parts_alone_and_reloads_by_the_plain_routes(parts, da
         merged = trained.model.merge_and_unload()
         loaded.append(merged)
     else:
-        merged = loaded[0]
+        merged = AutoModel.from_pretrained(folder, trust_remote_code=True)
+        loaded.append(merged)
         assert files >= MODEL_FILES
         config = json.loads((folder / "config.json").read_text())
         assert config["auto_map"] == json.loads((ROOT / "config.json").read_text())["auto_map"]
@@ -222,14 +224,18 @@ print(type(model).__name__, type(processor).__name__, any("lora_A" in name for n
 
 
 @pytest.mark.parametrize("parts", ["lora", "language"])
-def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(parts, dataset, tmp_path):
+def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(parts, dataset, processor, tmp_path):
     options = {"dataset": dataset, "train": parts, "max_steps": 4}
-    run_train(**options, output_dir=tmp_path / "whole", save_strategy="steps", save_steps=2)
+    whole = run_train(**options, output_dir=tmp_path / "whole", save_strategy="steps", save_steps=2)
     resumed = run_train(
         **options, output_dir=tmp_path / "resumed", resume_from_checkpoint=tmp_path / "whole" / "checkpoint-2"
     )
     if parts == "language":
         assert convert_weights.main(["--verify", str(tmp_path / "whole" / "checkpoint-4")]) == 0
+        inputs = processor(text="<world>What is it?", images=draw_scene(9).image, return_tensors="pt")
+        with torch.no_grad():
+            logits = whole.model.eval()(**inputs).logits
+        assert torch.equal(load_fresh(inputs, tmp_path / "whole" / "checkpoint-4")[0], logits)
     history = json.loads((tmp_path / "whole" / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
     assert losses_of(resumed.state.log_history) == losses_of(history)
     assert len(set(losses_of(history))) == 4
@@ -244,7 +250,7 @@ def test_accumulated_batches_give_the_losses_of_one_batch(dataset, tmp_path):
         run = run_train(
             dataset=dataset,
             train="language",
-            output_dir=tmp_path,
+            output_dir=tmp_path / f"{rows} rows",
             per_device_train_batch_size=rows,
             gradient_accumulation_steps=steps,
         )
@@ -310,7 +316,7 @@ def test_gradient_checkpointing_keeps_less_and_gives_the_same_gradients(part, pr
 def test_bfloat16_trains_an_adapter_in_float32(dataset, tmp_path):
     options = {"dataset": dataset, "train": "lora", "output_dir": tmp_path}
     exact = losses_of(run_train(**options).state.log_history)
-    run = run_train(**options, dtype="bfloat16", bf16=True)
+    run = run_train(**options, dtype="bfloat16", bf16=True, overwrite=True)
     adapter = load_file(tmp_path / "adapter_model.safetensors")
     lora = [tensor for name, tensor in adapter.items() if "lora" in name]
     assert lora and all(tensor.dtype == torch.float32 for tensor in lora)
@@ -321,7 +327,7 @@ def test_bfloat16_trains_an_adapter_in_float32(dataset, tmp_path):
 def test_compiled_steps_have_the_same_losses(latents, tmp_path):
     options = {"dataset": latents, "train": "lora", "output_dir": tmp_path, "gradient_checkpointing": False}
     plain = losses_of(run_train(**options).state.log_history)
-    compiled = run_train(**options, torch_compile=True, torch_compile_backend="eager")
+    compiled = run_train(**options, overwrite=True, torch_compile=True, torch_compile_backend="eager")
     torch.testing.assert_close(
         *map(torch.tensor, (losses_of(compiled.state.log_history), plain)), atol=1e-4, rtol=1e-4
     )
@@ -331,7 +337,7 @@ def test_compiled_steps_have_the_same_losses(latents, tmp_path):
 
 
 @pytest.mark.parametrize("parts", ["projection", "language"])
-def test_training_on_latents_is_training_on_pixels_without_the_encoder(parts, dataset, latents, tmp_path):
+def test_training_on_latents_is_training_on_pixels_without_the_encoder(parts, dataset, latents, processor, tmp_path):
     pixels = run_train(dataset=dataset, train=parts, output_dir=tmp_path / "pixels")
     run = run_train(dataset=latents, train=parts, output_dir=tmp_path / "latents")
     assert not any("world_encoder" in name for name, _ in run.model.named_parameters())
@@ -344,6 +350,9 @@ def test_training_on_latents_is_training_on_pixels_without_the_encoder(parts, da
     encoder = [name for name in saved if "world_encoder" in name]
     assert all(torch.equal(saved[name], BUNDLED[name]) for name in encoder)
     assert len(encoder) == (len([name for name in BUNDLED if "world_encoder" in name]) if parts == "language" else 0)
+    if parts == "language":
+        inputs = processor(text="<world>What is it?", images=draw_scene(9).image, return_tensors="pt")
+        torch.testing.assert_close(*load_fresh(inputs, tmp_path / "latents", tmp_path / "pixels"), **EXACT)
 
 
 def test_an_interrupted_run_goes_on_after_its_last_shard(dataset, latents, tmp_path, monkeypatch, capsys):
@@ -397,6 +406,52 @@ def test_what_latents_cannot_do_is_refused(latents, tmp_path):
 
 
 # What is refused, and what survives.
+
+
+def test_what_an_earlier_run_left_is_replaced_only_when_asked(dataset, processor, tmp_path):
+    options = {"dataset": dataset, "output_dir": tmp_path / "run"}
+    run_train(**options, train="language", max_steps=1, save_strategy="steps", save_steps=1)
+    before = (tmp_path / "run" / "SHA256SUMS").read_text()
+    for parts in ("projection", "language"):
+        with pytest.raises(FileExistsError, match="run holds checkpoint-1, config.json of an earlier run. Ch"):
+            run_train(**{**options, "dataset": "none"}, train=parts)
+    with pytest.raises(ValueError, match="--output_dir is .*run, the --model that the run starts from"):
+        run_train(**options, model=tmp_path / "run", overwrite=True)
+    assert (tmp_path / "run" / "SHA256SUMS").read_text() == before
+    run = run_train(**options, train="projection", max_steps=1, overwrite=True)
+    assert not (tmp_path / "run" / "config.json").exists() and (tmp_path / "run" / "adapter_config.json").is_file()
+    assert (tmp_path / "run" / "checkpoint-1" / "config.json").is_file()
+    if version.parse(transformers.__version__) >= version.parse("5.23"):
+        inputs = processor(text="<world>What is it?", images=draw_scene(9).image, return_tensors="pt")
+        with torch.no_grad():
+            logits = run.model.eval()(**inputs).logits
+        torch.testing.assert_close(load_fresh(inputs, tmp_path / "run")[0], logits, **EXACT)
+
+
+def test_resuming_takes_the_newest_checkpoint_or_a_named_one(dataset, tmp_path):
+    options = {"dataset": dataset, "output_dir": tmp_path / "run", "train": "projection"}
+    for which, where in ((True, "in .*run"), (tmp_path / "none", "at .*none"), ("yes", "at yes")):
+        with pytest.raises(ValueError, match=f"takes a folder `checkpoint-N` .* or `true` .* There is none {where}"):
+            run_train(**options, resume_from_checkpoint=which)
+    run_train(**options, save_strategy="steps", save_steps=1, resume_from_checkpoint=False)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-3")
+    resumed = run_train(**options, resume_from_checkpoint=True)
+    assert resumed.args.resume_from_checkpoint.endswith("checkpoint-2") and resumed.state.global_step == 3
+
+
+def test_a_checkpoint_that_cannot_be_resumed_is_refused(dataset, tmp_path):
+    options = {"dataset": "none", "output_dir": tmp_path, "resume_from_checkpoint": True}
+    checkpoint = tmp_path / "checkpoint-1"
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").write_text("{}")
+    with pytest.raises(ValueError, match="checkpoint-1 holds a model without its optimizer .* with it as --model"):
+        run_train(**options)
+    (checkpoint / "optimizer.pt").touch()
+    with pytest.raises(ValueError, match="holds a whole model, and --train lora trains an adapter. Resume with"):
+        run_train(**options, train="lora")
+    (checkpoint / "adapter_config.json").touch()
+    with pytest.raises(ValueError, match="holds an adapter, and --train all trains a whole model. Resume with"):
+        run_train(**options, train="all")
 
 
 def written(folder: Path, *rows: dict) -> Path:
@@ -488,7 +543,7 @@ def test_trls_collator_trains_on_completions_alone(processor, rows):
 
 
 @pytest.mark.parametrize("form", ["messages", "prompt and completion"])
-def test_trls_own_command_line_trains_the_bundled_model(form, dataset, tmp_path):
+def test_trls_own_command_line_trains_the_bundled_model(form, dataset, processor, tmp_path):
     """On transformers 5.17 TRL masks prompts of the second form alone."""
     options = ["--completion_only_loss", "true"]
     rows = load_conversations(str(dataset), "train")
@@ -525,13 +580,4 @@ def test_trls_own_command_line_trains_the_bundled_model(form, dataset, tmp_path)
     if form == "messages":
         ours = run_train(dataset=dataset, train="all", output_dir=tmp_path / "ours")
         assert losses == pytest.approx(losses_of(ours.state.log_history), abs=1e-2)
-    run_fresh("-c", LOADS, tmp_path / "run", cache=tmp_path / "cache")
-
-
-LOADS = """
-import sys
-sys.modules["theworld"] = None
-from transformers import AutoModel, AutoProcessor
-AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
-AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
-"""
+    load_fresh(processor(text="How many?", return_tensors="pt"), tmp_path / "run")
