@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import transformers
 from accelerate import Accelerator, ParallelismConfig
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
+from packaging import version
 from peft import LoraConfig, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors import SafetensorError
@@ -79,6 +81,11 @@ class Arguments:
     @property
     def trains_adapter(self) -> bool:
         return self.train in ("projection", "lora")
+
+    @property
+    def num_shards(self) -> int:
+        """How many processes hold the model together, each a part."""
+        return self.fsdp_size * self.tp_size
 
 
 class ParallelismOnCpu(ParallelismConfig):
@@ -168,14 +175,14 @@ class Trainer(SFTTrainer):
         if isinstance(model, PreTrainedModel) and isinstance(model.model.world_encoder, AbsentEncoder):
             encoder = encoder_tensors(checkpoint_folder(model.name_or_path))
             dtype = model.dtype
-            state_dict = {**model.state_dict(), **{name: tensor.to(dtype) for name, tensor in encoder}}
+            state_dict = {**(state_dict or model.state_dict()), **{n: tensor.to(dtype) for n, tensor in encoder}}
         super()._save(output_dir, state_dict)
 
 
 def load_model(args: Arguments) -> PreTrainedModel:
     """The checkpoint, shared out among processes if they are to share it."""
     options = {}
-    if args.fsdp_size > 1 or args.tp_size > 1:
+    if args.num_shards > 1:
         from transformers.distributed import DistributedConfig
 
         options["distributed_config"] = DistributedConfig(fsdp_size=args.fsdp_size, tp_size=args.tp_size)
@@ -230,6 +237,8 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Arguments, SFTC
     if args.tp_size > 1:
         config.parallelism_config = ParallelismOnCpu(tp_size=args.tp_size, dp_shard_size=args.fsdp_size)
     config.resume_from_checkpoint = find_checkpoint(config)
+    if args.num_shards > 1:
+        config.save_only_model = True  # transformers has no other checkpoints of a model that processes share
     return args, config
 
 
@@ -251,6 +260,33 @@ def find_checkpoint(config: SFTConfig) -> str | None:
             f"--output_dir. There is none {f'at {name}' if name else f'in {config.output_dir}'}."
         )
     return name
+
+
+def check_shares(args: Arguments, config: SFTConfig) -> None:
+    """Raises a `ValueError` for what processes that share a model, each with a part, cannot do."""
+    if args.num_shards == 1:
+        return
+    if version.parse(transformers.__version__) < version.parse("5.23"):
+        raise ValueError(
+            f"--fsdp_size and --tp_size need transformers 5.23 or later, and {transformers.__version__} is installed. "
+            "Upgrade it, or give each process the whole model with `accelerate launch`."
+        )
+    if args.trains_adapter:
+        raise ValueError(
+            f"--train {args.train} trains an adapter, which --fsdp_size and --tp_size cannot share out. Leave them "
+            "out (`accelerate launch` gives each process the whole model), or choose --train language or all."
+        )
+    if config.resume_from_checkpoint or config.load_best_model_at_end:
+        raise ValueError(
+            "With --fsdp_size or --tp_size a checkpoint is written, but cannot be loaded into the running model. "
+            "Leave out --resume_from_checkpoint and --load_best_model_at_end; start a new run from a checkpoint with "
+            "--model."
+        )
+    if args.num_shards != (processes := int(os.environ.get("WORLD_SIZE", 1))):
+        raise ValueError(
+            f"--fsdp_size {args.fsdp_size} times --tp_size {args.tp_size} need {args.num_shards} processes, got "
+            f"{processes}. Start them with `torchrun --nproc-per-node {args.num_shards} train.py ...`."
+        )
 
 
 def check_resumable(args: Arguments, checkpoint: Path) -> None:
@@ -292,6 +328,7 @@ def check_output(args: Arguments, config: SFTConfig) -> None:
 
 def main(arguments: list[str] | None = None, callbacks: Sequence[TrainerCallback] = ()) -> Trainer:
     args, config = parse_arguments(arguments)
+    check_shares(args, config)
     check_output(args, config)
     if config.resume_from_checkpoint:
         check_resumable(args, Path(config.resume_from_checkpoint))

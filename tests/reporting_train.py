@@ -17,6 +17,7 @@ held = {
 }
 report = {
     "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+    "eval_losses": [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry],
     "wrapper": type(trainer.model_wrapped).__name__,
     "held": held,
     "parameters": [name for name, _ in trainer.model.named_parameters()],
