@@ -167,6 +167,7 @@ class Trainer(SFTTrainer):
                 write_sums(partial)
                 keep_others(output, partial)
                 put_in_place(partial, output, overwrite=True)
+        self.accelerator.wait_for_everyone()  # what a process writes into `output` before is lost
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
