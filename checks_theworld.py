@@ -18,8 +18,8 @@ def check_floating(tensor: torch.Tensor, expected: str, remedy: str) -> None:
 
 def check_text(text: str | list[str] | None) -> None:
     """Raises a `TypeError` unless a processor's text is a string or strings, and a `ValueError` if it is none."""
-    prompts = [text] if text is None or isinstance(text, str) else text
-    if not isinstance(prompts, list | tuple) or not all(isinstance(each, str | None) for each in prompts):
+    prompts = [text or ""] if text is None or isinstance(text, str) else text
+    if not isinstance(prompts, list | tuple) or not all(isinstance(each, str) for each in prompts):
         raise TypeError(f"`text` must be a string or a list of strings, got {type(text).__name__}: {text!r:.60}.")
     if not prompts:
         raise ValueError("`text` is an empty list. Give a prompt or more.")

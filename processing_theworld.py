@@ -210,6 +210,9 @@ class TheWorldProcessor(ProcessorMixin):
         A video is read at `fps` frames a second. If there are not 1 + 4k of them, the last is repeated until there
         are, so that none is lost. Each latent frame's places have the time of its last frame before them, as "0.500s".
 
+        A prompt that begins with `<bos>`, as a chat that was rendered by `apply_chat_template` does, gets no second
+        one: the call then gives what `apply_chat_template(tokenize=True)` gives.
+
         Args:
             images: An image in any form that `read_image` reads, a list of the images of all prompts, or a list of
                 images for each prompt.
@@ -242,10 +245,23 @@ class TheWorldProcessor(ProcessorMixin):
                 raise ValueError("Give the images once: as `images` or as `world_latents`.")
             kwargs["images_kwargs"] = {**kwargs.get("images_kwargs", {}), "encoded": True}
             images = list_latents(world_latents)
+        text, kwargs = self._keep_one_bos(text, kwargs)
         inputs = super().__call__(images=images, text=text, videos=videos, **kwargs)
         if self.vision_settings is not None and "input_ids" in inputs:
             inputs["token_type_ids"] = self.create_token_type_ids(inputs["input_ids"])
         return inputs
+
+    def _keep_one_bos(self, text: str | list[str] | None, kwargs: dict) -> tuple[str | list[str] | None, dict]:
+        """Prompts and options with which the tokenizer adds no BOS to a prompt that begins with one."""
+        bos, prompts = self.tokenizer.bos_token, [text] if isinstance(text, str) else text or []
+        text_kwargs = dict(kwargs.get("text_kwargs") or {})
+        adds = kwargs.get("add_special_tokens", text_kwargs.pop("add_special_tokens", True))
+        begun = [prompt.startswith(bos) for prompt in prompts if bos is not None]
+        if not adds or not any(begun) or not self.tokenizer.num_special_tokens_to_add():
+            return text, kwargs
+        if not all(begun):  # a batch has one switch for all: the others get theirs here
+            text = [bos + prompt.removeprefix(bos) for prompt in prompts]
+        return text, {**kwargs, "text_kwargs": text_kwargs, "add_special_tokens": False}
 
     def apply_chat_template(self, conversation: list[dict] | list[list[dict]], *args, **kwargs):
         """

@@ -1,4 +1,4 @@
-"""Pins lm-eval (`make test-harness`): the README's own lines score held-out scenes, with the score it states."""
+"""Pins lm-eval (`make test-harness`): the README's own lines score held-out scenes; prompts are those of a chat."""
 
 import json
 import os
@@ -9,6 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
+
+from theworld import TheWorldProcessor
 
 
 pytestmark = pytest.mark.harness
@@ -27,3 +31,22 @@ def test_the_readmes_commands_score_the_bundled_model(tmp_path):
     right = json.loads(report.read_text())["results"]["theworld_scenes"]["exact_match,none"]
     stated, total = map(int, re.search(r"(\d+) of (\d+) right \(`make test-harness`\)", README).groups())
     assert round(right * total) == stated
+
+
+def test_lm_evals_prompts_are_those_of_a_chat():
+    from lm_eval.models.hf_vlms import HFMultimodalLM
+
+    image = Image.open(ROOT / "assets" / "scene.png")
+    harness = HFMultimodalLM(pretrained=str(ROOT), trust_remote_code=True, device="cpu")
+    text = harness.apply_chat_template([{"role": "user", "content": "<image>How many circles are there?"}])
+    inputs = harness.tok_batch_multimodal_encode([text, text], [[image], [image]])
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "How many circles are there?"}]
+    expected = TheWorldProcessor.from_pretrained(ROOT).apply_chat_template(
+        [[{"role": "user", "content": content}]] * 2,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    assert inputs.keys() == expected.keys() and (inputs["input_ids"][:, :2] == 2).sum(-1).tolist() == [1, 1]
+    assert all(torch.equal(inputs[name], expected[name]) for name in expected)

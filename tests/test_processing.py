@@ -8,6 +8,7 @@ import torch
 import transformers
 from packaging import version
 from PIL import Image
+from tokenizers import processors
 from transformers import AutoProcessor, AutoTokenizer
 
 from theworld import TheWorldProcessor
@@ -133,6 +134,55 @@ CHAT = (
 
 def test_chat_template_text(processor):
     assert processor.apply_chat_template(conversation({}), add_generation_prompt=True) == CHAT.format(image="<world>")
+
+
+def bos_of(processor, input_ids) -> list[int]:
+    """The number of `<bos>` in each row."""
+    return (torch.as_tensor(input_ids) == processor.tokenizer.bos_token_id).sum(-1).tolist()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"add_special_tokens": True},
+        {"add_special_tokens": False},
+        {"text_kwargs": {"add_special_tokens": True}},
+        {"text_kwargs": {"padding": "longest"}, "return_offsets_mapping": True},
+    ],
+    ids=repr,
+)
+def test_a_chat_as_text_gets_no_second_bos(processor, photo, options):
+    messages = conversation({"image": photo})
+    expected = processor.apply_chat_template(messages, tokenize=True, return_dict=True)
+    text = processor.apply_chat_template(messages)
+    for prompt in (text, [text], [text, text]):
+        images = [[photo]] * len(prompt) if isinstance(prompt, list) else photo
+        inputs = processor(text=prompt, images=images, **options)
+        assert all(row == expected["input_ids"][0] for row in inputs["input_ids"])
+        assert inputs["attention_mask"][0] == expected["attention_mask"][0]
+
+
+def test_prompts_with_and_without_bos_mix(processor):
+    alone = [processor(text=prompt)["input_ids"][0] for prompt in ("what", f"<bos>{QUESTION}", f"{QUESTION}<bos>")]
+    inputs = processor(text=["what", f"<bos>{QUESTION}", f"{QUESTION}<bos>"], padding=True, return_tensors="pt")
+    assert bos_of(processor, inputs["input_ids"]) == [1, 1, 2]  # the last has one in its middle
+    for row, mask, expected in zip(inputs["input_ids"], inputs["attention_mask"], alone, strict=True):
+        assert row[mask.bool()].tolist() == expected
+    plain = processor(text=["what", f"<bos>{QUESTION}"], add_special_tokens=False)
+    assert [bos_of(processor, row) for row in plain["input_ids"]] == [0, 1]
+
+
+def test_a_tokenizer_that_adds_no_bos_is_given_none(processor):
+    processor.tokenizer._tokenizer.post_processor = processors.Sequence([])
+    inputs = processor(text=["what", f"<bos>{QUESTION}"])
+    assert [bos_of(processor, row) for row in inputs["input_ids"]] == [0, 1]
+
+
+def test_a_bare_tokenizer_doubles_bos_unless_told(processor):
+    """As the README says; vLLM's completions go this way."""
+    assert bos_of(processor, processor.tokenizer(CHAT.format(image=""))["input_ids"]) == 2
+    assert bos_of(processor, processor.tokenizer(CHAT.format(image=""), add_special_tokens=False)["input_ids"]) == 1
 
 
 @pytest.mark.parametrize("form", ["image", "path", "url", "base64"])
