@@ -148,6 +148,8 @@ class TheWorldConfig(PreTrainedConfig):
 
     model_type = "theworld"
     sub_configs = {"world_config": TheWorldEncoderConfig, "text_config": AutoConfig, "vision_config": AutoConfig}
+    # Outputs that `Trainer.evaluate` does not collect as predictions: only batches with images or videos have them.
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_hidden_states", "video_hidden_states"]
 
     world_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None

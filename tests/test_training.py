@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from test_user_route import MODEL_FILES
 from training import losses_of, run_train, write_conversations
 from transformers import AutoModel, TrainerCallback, TrainingArguments
+from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 import convert_weights
@@ -511,6 +512,45 @@ def test_a_split_to_evaluate_on_is_evaluated_and_scenes_too(dataset, tmp_path):
     run = run_train([SceneEvaluation(per_kind=5)], dataset=folder, output_dir=tmp_path / "run", **options)
     logged = {name: value for entry in run.state.log_history for name, value in entry.items() if "eval" in name}
     assert logged["eval_loss"] > 0 and 0.8 < logged["eval_scenes"] <= 1
+
+
+@pytest.mark.parametrize("of", [transformers.Trainer, SFTTrainer], ids=["transformers", "TRL"])
+def test_metrics_are_computed_where_some_batches_have_no_picture(of, processor, model, rows, tmp_path):
+    options = {
+        "per_device_eval_batch_size": 1,
+        "use_cpu": True,
+        "report_to": "none",
+        "bf16": False,
+        "disable_tqdm": True,
+    }
+    if of is SFTTrainer:
+        arguments = SFTConfig(tmp_path, dataset_kwargs={"skip_prepare_dataset": True}, **options)
+    else:
+        arguments = TrainingArguments(tmp_path, **options)
+    arguments.remove_unused_columns = False
+    collator, dataset = ConversationCollator(processor), Dataset.from_list(rows)
+    seen = []
+
+    def metrics(prediction) -> dict:
+        seen.append(prediction)
+        return {"answers": int((prediction.label_ids != -100).sum())}
+
+    trainer = of(
+        model,
+        arguments,
+        collator,
+        train_dataset=dataset,
+        eval_dataset=dataset,
+        processing_class=processor,
+        compute_metrics=metrics,
+    )
+    measured = trainer.evaluate()
+    assert measured["eval_answers"] == (collator(rows)["labels"] != -100).sum()
+    if of is transformers.Trainer:
+        with torch.no_grad():
+            alone = model(**collator(rows[2:])).logits.numpy()
+        assert seen[0].predictions.shape[::2] == (3, model.config.text_config.vocab_size)
+        assert seen[0].predictions[2, : alone.shape[1]] == pytest.approx(alone[0], abs=1e-4)
 
 
 class FillDisk(TrainerCallback):
