@@ -1,52 +1,156 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
-"""Conversations about images to train on: loaded and checked, and made into batches whose labels are the answers."""
+"""Conversations about images to train on: loaded, checked row by row, and made into batches with labels."""
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
-from datasets import Dataset, Image, List, load_dataset
+from datasets import Dataset, Features, Image, Json, List, load_dataset
+from jinja2 import TemplateError
+from PIL import UnidentifiedImageError
+from tqdm import tqdm
 from transformers import ProcessorMixin
 from trl import prepare_multimodal_messages
 
 from theworld.checks_theworld import IGNORED
+from theworld.images_theworld import read_image
 
 
-def load_conversations(name: str, split: str) -> Dataset:
+COLUMNS = ("messages", "images")
+# Columns of other formats that hold a part of a conversation. They may be there, but must be empty.
+OTHER_CONTENT = ("image", "video", "videos", "audio", "audios", "tools")
+# Text that stands for an image, a video or a sound in other formats, such as LLaVA's.
+FOREIGN_PLACEHOLDERS = ("<image>", "<video>", "<audio>")
+FORMAT = (
+    "A row needs `messages`, a list of {role, content} whose roles are system, user and assistant, and `images`, a "
+    'list of images. An image goes where {"type": "image"} stands in a list as content, or, if all content is text, '
+    "before the first question."
+)
+
+
+def load_conversations(name: str, split: str, collator: "ConversationCollator") -> Dataset:
     """
     Conversations in TRL's vision format: `messages`, and `images`, a list of as many as the messages have places.
+
+    Every row is rendered and every image decoded here, so that a bad row ends a run before its first step.
 
     Args:
         name: A JSONL file, a folder that `datasets` can load, or a dataset of the Hub. Images that are paths are
             relative to the file or the folder.
-        split: Which split of it.
+        split: Which split of it, or which part of a split, such as "train[:90%]". A file's only split is "train".
+        collator: What will make batches of the rows.
 
     Raises:
-        ValueError: If a column is missing, an image file is missing, or a conversation cannot be trained on.
+        ValueError: If the dataset has no such split, a column is missing or would be ignored, or a row cannot be
+            trained on; the message has the row's number, counted from 0.
     """
     path = Path(name)
     if path.is_file():
-        dataset, folder = load_dataset("json", data_files={split: str(path)}, split=split), path.parent
+        dataset, folder = load_file(path, split), path.parent
     else:
-        dataset, folder = load_dataset(name, split=split), path
-    missing = {"messages", "images"} - set(dataset.column_names)
-    if missing:
-        raise ValueError(
-            f"{name} has the columns {', '.join(dataset.column_names)}, but no {' and no '.join(sorted(missing))}. "
-            "A row needs `messages`, a list of {role, content}, and `images`, a list of images; rename the columns."
-        )
-    dataset = dataset.select_columns(["messages", "images"])
-    if dataset.features["images"] != List(Image()):
-        dataset = dataset.map(lambda row: {"images": [existing(folder, image) for image in row["images"]]})
-        dataset = dataset.cast_column("images", List(Image()))
-    check_conversations(dataset["messages"], (len(images) for images in dataset.with_format("arrow")["images"]))
+        dataset, folder = load_rows(name, split), path
+    check_columns(dataset, name)
+    dataset = dataset.select_columns(list(COLUMNS))
+    if not isinstance(getattr(dataset.features["images"], "feature", None), Image):
+        dataset = dataset.map(lambda row, number: {"images": existing_images(folder, row, number)}, with_indices=True)
+    dataset = dataset.cast_column("images", List(Image()))
+    stored = dataset.cast_column("images", List(Image(decode=False)))
+    for number, row in enumerate(tqdm(stored, desc=f"checking {split}", unit="row", disable=None)):
+        with named(number):
+            collator.check(row["messages"], [size_of(image) for image in listed(row["images"])])
     return dataset
+
+
+def load_file(path: Path, split: str) -> Dataset:
+    """The rows of a JSONL file, or a part of them."""
+    if split.partition("[")[0] != "train":
+        raise ValueError(
+            f"{path} is one file, whose only split is 'train', got {split!r}. Take a part of it, such as "
+            "'train[:90%]' and 'train[90%:]', or give a folder with a file for each split."
+        )
+    return load_rows("json", split, data_files={"train": str(path)})
+
+
+def load_rows(source: str, split: str, **options) -> Dataset:
+    """As `load_dataset`; and an answer such as "3" or "null" stays text where other content is a list."""
+    dataset = load_dataset(source, split=split, **options)
+    message = getattr(dataset.features.get("messages"), "feature", None)
+    if isinstance(message, dict) and isinstance(message.get("content"), Json):
+        # `datasets` stores such content as JSON, and takes text that is JSON for it, unless it stores whole messages.
+        features = Features({**dataset.features, "messages": List(Json())})
+        dataset = load_dataset(source, split=split, features=features, **options)
+    return dataset
+
+
+def check_columns(dataset: Dataset, name: str) -> None:
+    """Raises a `ValueError` if a column is missing, or one that would be ignored holds a part of a conversation."""
+    columns = dataset.column_names
+    missing = [column for column in COLUMNS if column not in columns]
+    if missing:
+        llava = (
+            ' This is LLaVA\'s format: write `from` "human" as `role` "user" and "gpt" as "assistant", `value` as '
+            '`content`, and <image> in it as {"type": "image"}.'
+        )
+        raise ValueError(
+            f"{name} has the columns {', '.join(columns)}, but no {' and no '.join(missing)}. {FORMAT}"
+            f"{llava if 'conversations' in columns else ''}"
+        )
+    for column in sorted(set(OTHER_CONTENT) & set(columns)):
+        number = first_filled(dataset, column)
+        if number is not None:
+            raise ValueError(
+                f"Row {number} of the dataset has `{column}`, but training reads `messages` and `images` alone. Leave "
+                "such rows out, or empty the column."
+            )
+    unread = sorted(set(columns) - set(COLUMNS) - set(OTHER_CONTENT))
+    if unread:
+        warnings.warn(f"Training does not read the column(s) {', '.join(unread)} of {name}.", stacklevel=2)
+
+
+def first_filled(dataset: Dataset, column: str) -> int | None:
+    """The number of the first row in which a column holds something."""
+    values = dataset.select_columns([column]).with_format("arrow")[:][column]
+    filled = values.is_valid()
+    if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+        filled = pc.fill_null(pc.greater(pc.list_value_length(values), 0), False)
+    elif pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+        filled = pc.fill_null(pc.greater(pc.binary_length(values), 0), False)
+    number = pc.index(filled, True).as_py()
+    return None if number < 0 else number
+
+
+@contextmanager
+def named(number: int) -> Iterator[None]:
+    """Says which row an error is about."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, TemplateError) as error:
+        raise ValueError(f"Row {number} of the dataset cannot be trained on: {error}") from error
+
+
+def listed(images: Any) -> list:
+    """A row's images; a missing list is no empty one, lest an image that was lost goes unnoticed."""
+    if not isinstance(images, list):
+        raise ValueError(f"`images` must be a list of images, got {images!r:.60}. A row without images has [].")
+    return images
+
+
+def existing_images(folder: Path, row: dict, number: int) -> list[str]:
+    """The paths of a row's images in a dataset's folder."""
+    with named(number):
+        return [existing(folder, image) for image in listed(row["images"])]
 
 
 def existing(folder: Path, image: str) -> str:
     """The path of an image in a dataset's folder; a dataset is not to read what lies elsewhere, by links neither."""
+    if not isinstance(image, str):
+        raise ValueError(f"An image must be a path, got {image!r:.60}.")
     path = (folder / image).resolve()
     if not path.is_relative_to(folder.resolve()):
         raise ValueError(f"The image {image} is outside the dataset's folder {folder}. Put it there.")
@@ -55,18 +159,70 @@ def existing(folder: Path, image: str) -> str:
     return str(path)
 
 
-def check_conversations(conversations: Iterable[list[dict]], image_counts: Iterable[int]) -> None:
-    """Raises a `ValueError` for the first conversation that does not fit its images, or does not end in an answer."""
-    for number, (messages, count) in enumerate(zip(conversations, image_counts, strict=True)):
-        try:
-            prepare_multimodal_messages(messages, images=[None] * count)
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"Row {number} of the dataset cannot be read: {error}") from error
-        if not messages or messages[-1]["role"] != "assistant":
+def size_of(stored: dict | None) -> tuple[int, int]:
+    """Height and width in pixels of an image as `datasets` stores it, once it has been decoded as in training."""
+    if stored is None:
+        raise ValueError("An image is null. Leave it out, and its place in the messages.")
+    try:
+        image = Image().decode_example(stored)
+    except Exception as error:  # each of Pillow's decoders has errors of its own, and its text may show an address
+        reason = "it is in no format that can be read" if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"The image {stored['path'] or 'in this row'} cannot be decoded: {reason}.") from None
+    image = read_image(image)
+    return image.height, image.width
+
+
+def read_messages(messages: Any, images: list) -> list[dict]:
+    """
+    Messages as the chat template reads them: lists of parts, without the nulls that `datasets` fills in, and with a
+    row's images in their places.
+
+    Raises:
+        ValueError: If a message or a part of one has another form or is empty, or images and places differ in number.
+    """
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise ValueError(f"`messages` must be a list of {{role, content}}, got {messages!r:.60}.")
+    read = [read_message(message, turn) for turn, message in enumerate(messages, start=1)]
+    places = [part for message in read for part in message["content"] if part["type"] == "image"]
+    for number, part in enumerate(places):  # some datasets say which of the images it is; they are taken in order
+        if part.pop("index", number) != number:
+            raise ValueError(f"Place {number} for an image has another `index`. Write images in the order of places.")
+    questions = [message["content"] for message in messages if message["role"] == "user"]
+    if questions and not places and all(isinstance(question, str) for question in questions):
+        first = next(message for message in read if message["role"] == "user")
+        first["content"] = [{"type": "image"} for _ in images] + first["content"]
+    return prepare_multimodal_messages(read, images=images)
+
+
+def read_message(message: dict, turn: int) -> dict:
+    """One of a conversation's messages, its content as a list of parts."""
+    message = without_nulls(message)
+    if message.keys() != {"role", "content"}:
+        raise ValueError(f"Message {turn} must have `role` and `content`, got {', '.join(message) or 'nothing'}.")
+    content = message["content"]
+    content = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        raise ValueError(f"The content of message {turn} must be text or a list of parts, got {content!r:.60}.")
+    parts = [without_nulls(part) for part in content]
+    for part in parts:
+        of_text = part.keys() == {"type", "text"} and part["type"] == "text" and isinstance(part["text"], str)
+        if not of_text and (part.get("type") != "image" or not part.keys() <= {"type", "index"}):
             raise ValueError(
-                f"Row {number} of the dataset ends without an answer: the last of its {len(messages)} message(s) must "
-                "be the assistant's. Complete it, or leave it out."
+                f'A part of message {turn} must be {{"type": "text", "text": ...}} or {{"type": "image"}}, with the '
+                f"image in `images`, got {part!r:.100}."
             )
+    said = text_of(parts).strip()
+    if not said and (message["role"] != "user" or all(part["type"] == "text" for part in parts)):
+        raise ValueError(f"Message {turn}, of the {message['role']}, is empty. Complete it, or leave the row out.")
+    return {"role": message["role"], "content": parts}
+
+
+def without_nulls(fields: dict) -> dict:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def text_of(parts: list[dict]) -> str:
+    return "\n".join(part["text"] for part in parts if part["type"] == "text")
 
 
 @dataclass
@@ -94,6 +250,9 @@ class ConversationCollator:
                 "Conversations become labels for world tokens alone, and this checkpoint keeps Gemma 3's own vision. "
                 "Train one that was converted without --vision."
             )
+        tokenizer = self.processor.tokenizer
+        special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.control_ids = special - {tokenizer.unk_token_id}
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """
@@ -105,7 +264,7 @@ class ConversationCollator:
             `world_latents`, of all images in their order.
 
         Raises:
-            ValueError: If a conversation is longer than `max_length`.
+            ValueError: If a conversation is longer than `max_length`, or has another form than it should.
         """
         processor_kwargs = {"padding": True, "padding_side": "right", "add_special_tokens": False}
         if "world_latents" in rows[0]:
@@ -113,29 +272,66 @@ class ConversationCollator:
             processor_kwargs["world_latents"] = [row["world_latents"] for row in rows]
         else:
             images = [row["images"] for row in rows]
-        conversations = [
-            prepare_multimodal_messages(row["messages"], images=of_row)
-            for row, of_row in zip(rows, images, strict=True)
-        ]
+        conversations = [read_messages(row["messages"], of_row) for row, of_row in zip(rows, images, strict=True)]
         batch = self.processor.apply_chat_template(
             conversations, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs=processor_kwargs
         )
-        length = batch["input_ids"].shape[1]
-        if self.max_length is not None and length > self.max_length:
-            raise ValueError(
-                f"A conversation has {length} tokens, more than max_length={self.max_length}. Cutting it would lose "
-                "world tokens or answers: raise max_length, or leave such conversations out."
-            )
+        self.check_length(batch["input_ids"].shape[1])
         batch["labels"] = torch.full_like(batch["input_ids"], IGNORED)
         for row, messages in enumerate(conversations):
             self.label(messages, batch["input_ids"][row], batch["labels"][row])
         return dict(batch)
 
-    def label(self, messages: list[dict], input_ids: torch.Tensor, labels: torch.Tensor) -> None:
-        """Writes the ids of what the assistant says into `labels` [S], at their places in `input_ids` [S]."""
-        tokenizer = self.processor.tokenizer
-        # The tokenizer knows no images, so that its text has one `<world>` for each. The other tokens are the same.
-        unexpanded = tokenizer.apply_chat_template(
+    def check(self, messages: list[dict], image_sizes: Sequence[tuple[int, int]]) -> None:
+        """
+        Checks a row by rendering it.
+
+        Args:
+            messages: A row's conversation.
+            image_sizes: Height and width in pixels of each of its images.
+
+        Raises:
+            ValueError, TemplateError: If a call with this row would raise, or would train on what is no answer.
+        """
+        conversation = read_messages(messages, [None] * len(image_sizes))
+        if not conversation or conversation[-1]["role"] != "assistant":
+            raise ValueError(
+                f"The conversation ends without an answer: the last of its {len(conversation)} message(s) must be the "
+                "assistant's. Complete it, or leave it out."
+            )
+        input_ids, _ = self.tokenize(conversation)
+        for turn, message in enumerate(conversation, start=1):
+            self.check_typed(message, turn, bool(image_sizes))
+        if self.max_length is not None:
+            places = self.processor._get_num_multimodal_tokens(image_sizes)["num_image_tokens"] if image_sizes else []
+            # Its start and end tokens come with an image's places, where the tokenizer has one token.
+            self.check_length(len(input_ids) + sum(number + 1 for number in places))
+
+    def check_typed(self, message: dict, turn: int, has_images: bool) -> None:
+        """Raises a `ValueError` if a message's text holds a token of the tokenizer's own, or stands for an image."""
+        text, tokenizer = text_of(message["content"]).strip(), self.processor.tokenizer
+        token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        typed = tokenizer.convert_ids_to_tokens([each for each in token_ids if each in self.control_ids])
+        if message["role"] == "user":
+            typed += [token for token in FOREIGN_PLACEHOLDERS if text.startswith(token) or text.endswith(token)]
+            typed += ["<image>"] if has_images and "<image>" in text else []
+        if typed:
+            raise ValueError(
+                f"The text of message {turn} holds {typed[0]!r}, which would be no text to the model or stands for an "
+                'image in other formats. Take it out; an image goes where {"type": "image"} is in a list as content.'
+            )
+
+    def check_length(self, length: int) -> None:
+        if self.max_length is not None and length > self.max_length:
+            raise ValueError(
+                f"A conversation has {length} tokens, more than max_length={self.max_length}. Cutting it would lose "
+                "world tokens or answers: raise max_length, or leave such conversations out."
+            )
+
+    def tokenize(self, messages: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids [S] of a conversation, with one `<world>` for each image, and which of them the assistant says."""
+        # The tokenizer knows no images. The other tokens are those that the processor makes.
+        tokenized = self.processor.tokenizer.apply_chat_template(
             messages,
             chat_template=self.processor.chat_template,
             tokenize=True,
@@ -143,10 +339,12 @@ class ConversationCollator:
             return_tensors="pt",
             return_assistant_tokens_mask=True,
         )
-        if self.processor.video_token_id in unexpanded["input_ids"]:
-            raise ValueError("Conversations become labels about images alone, and this one has a video. Leave it out.")
-        of_images = torch.tensor(tokenizer.convert_tokens_to_ids(list(self.processor.world_tokens)))
-        said = torch.as_tensor(unexpanded["assistant_masks"])[0].bool()
-        said = said[~torch.isin(unexpanded["input_ids"][0], of_images)]
+        return tokenized["input_ids"][0], torch.as_tensor(tokenized["assistant_masks"])[0].bool()
+
+    def label(self, messages: list[dict], input_ids: torch.Tensor, labels: torch.Tensor) -> None:
+        """Writes the ids of what the assistant says into `labels` [S], at their places in `input_ids` [S]."""
+        unexpanded, said = self.tokenize(messages)
+        of_images = torch.tensor(self.processor.tokenizer.convert_tokens_to_ids(list(self.processor.world_tokens)))
+        said = said[~torch.isin(unexpanded, of_images)]
         places = torch.isin(input_ids, of_images, invert=True).nonzero().flatten()[: len(said)][said]
         labels[places] = input_ids[places]

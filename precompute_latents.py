@@ -12,26 +12,30 @@ run that was interrupted goes on after its last shard.
 import argparse
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
-from datasets import Dataset, List, Value, concatenate_datasets, load_from_disk
+from datasets import Dataset, Image, List, Value, concatenate_datasets, load_from_disk
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from tqdm import tqdm
-from transformers import AutoModel, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel, ProcessorMixin
 
-from conversations import load_conversations
+from conversations import ConversationCollator, load_conversations, named
 from theworld.folders import complete_or_absent
 
 
 MANIFEST = "manifest.json"
 ENCODER = "model.world_encoder."
 IMAGES_AT_ONCE = 16
+# Fields of the image processor that decide which pixels an image becomes.
+READING = ("size", "resample", "rescale_factor", "image_mean", "image_std", "do_rescale", "do_normalize")
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,9 @@ class Manifest:
     What a folder of latents is made of.
 
     Args:
-        encoder: Fingerprint of the encoder's weights, of the normalisation and of how images become pixels.
+        encoder: Fingerprint of the encoder's weights, of the normalization and of how images become pixels.
         dataset, split, rows: What was encoded.
+        content: SHA-256 of the rows' messages and image files.
         rows_a_shard: Rows that each shard but the last holds.
         shape: [z, h, w] of every latent.
         dtype: "float32" or "float16", as stored.
@@ -54,6 +59,7 @@ class Manifest:
     rows_a_shard: int
     shape: list[int]
     dtype: str
+    content: str
 
     @property
     def shards(self) -> list[str]:
@@ -86,7 +92,7 @@ def fingerprint(folder: Path) -> str:
     reading = {
         "normalize_latents": config["normalize_latents"],
         **{name: encoder[name] for name in ("latents_mean", "latents_std")},
-        **{name: image_processor[name] for name in ("size", "resample", "rescale_factor", "image_mean", "image_std")},
+        **{name: image_processor[name] for name in READING},
     }
     digest = hashlib.sha256(json.dumps(reading, sort_keys=True).encode())
     for name, tensor in sorted(encoder_tensors(folder)):
@@ -99,18 +105,37 @@ def is_latents(name: str) -> bool:
     return (Path(name) / MANIFEST).is_file()
 
 
-def load_latents(folder: Path, model: str) -> Dataset:
+def content_of(rows: Dataset) -> str:
+    """The SHA-256 of what rows hold: their messages, and the files of their images."""
+    digest = hashlib.sha256()
+    for row in rows.cast_column("images", List(Image(decode=False))):
+        digest.update(json.dumps(row["messages"], sort_keys=True).encode())
+        for image in row["images"]:
+            content = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
+            digest.update(hashlib.sha256(content).digest())
+    return digest.hexdigest()
+
+
+def load_latents(folder: Path, model: str, collator: ConversationCollator, split: str = "train") -> Dataset:
     """
     The conversations of a folder that this script wrote, with `world_latents` [images, z, h, w] in each row.
 
+    Args:
+        folder: What this script wrote.
+        model: Folder or Hub repo of the checkpoint that will train on them.
+        collator: What will make batches of the rows.
+        split: Which split they must be of.
+
     Raises:
-        ValueError: If the latents are of another encoder, image size or normalisation than the model's, or if some
-            are missing.
+        ValueError: If the latents are of another encoder, image size or normalization than the model's, or of another
+            split; if some are missing; or if a row cannot be trained on.
     """
-    manifest = Manifest(**json.loads((folder / MANIFEST).read_text()))
+    manifest = Manifest(**{"content": "", **json.loads((folder / MANIFEST).read_text())})
+    if manifest.split != split:
+        raise ValueError(f"{folder} holds the latents of split {manifest.split!r}, got --split {split}.")
     if manifest.encoder != fingerprint(checkpoint_folder(model)):
         raise ValueError(
-            f"The latents in {folder} were made with another encoder, image size or normalisation than those of "
+            f"The latents in {folder} were made with another encoder, image size or normalization than those of "
             f"{model}. Run precompute_latents.py with this model, into a new folder."
         )
     missing = [shard for shard in manifest.shards if not (folder / shard).is_dir()]
@@ -120,6 +145,12 @@ def load_latents(folder: Path, model: str) -> Dataset:
             "Run it again with the same options; it goes on where it stopped."
         )
     dataset = concatenate_datasets([load_from_disk(folder / shard) for shard in manifest.shards])
+    ratio = collator.processor.compression_ratio
+    size = [ratio * side for side in manifest.shape[1:]]
+    numbers = pc.list_value_length(dataset.select_columns(["world_latents"]).with_format("arrow")[:]["world_latents"])
+    for number, (messages, flat) in enumerate(zip(dataset["messages"], numbers.to_pylist(), strict=True)):
+        with named(number):
+            collator.check(messages, [size] * (flat // math.prod(manifest.shape)))
 
     def shaped(rows: dict[str, list]) -> dict[str, list]:
         latents = [
@@ -142,10 +173,13 @@ def encode(model: PreTrainedModel, processor: ProcessorMixin, images: list) -> t
 
 def precompute(model: str, dataset: str, split: str, output: Path, rows_a_shard: int, dtype: str) -> None:
     """Writes the shards that `output` does not hold; see the top of this file."""
-    rows = load_conversations(dataset, split)
+    processor = AutoProcessor.from_pretrained(model, trust_remote_code=True)
+    if not processor.image_processor.do_resize:
+        raise ValueError(f"{model} keeps images at their own sizes, but latents must have one. Set `do_resize`.")
+    context = AutoConfig.from_pretrained(model, trust_remote_code=True).text_config.max_position_embeddings
+    rows = load_conversations(dataset, split, ConversationCollator(processor, context))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder = AutoModel.from_pretrained(model, trust_remote_code=True, dtype=torch.float32).eval().to(device)
-    processor = AutoProcessor.from_pretrained(model, trust_remote_code=True)
     size = processor.image_processor.size
     ratio = encoder.config.world_config.spatial_compression_ratio
     manifest = Manifest(
@@ -156,6 +190,7 @@ def precompute(model: str, dataset: str, split: str, output: Path, rows_a_shard:
         rows_a_shard=rows_a_shard,
         shape=[encoder.config.world_config.z_dim, size["height"] // ratio, size["width"] // ratio],
         dtype=dtype,
+        content=content_of(rows),
     )
     file = output / MANIFEST
     if file.exists() and json.loads(file.read_text()) != asdict(manifest):

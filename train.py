@@ -28,7 +28,7 @@ from peft import LoraConfig, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModel, AutoProcessor, PreTrainedModel, TrainerCallback
+from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 from transformers.utils import CONFIG_NAME
@@ -59,8 +59,13 @@ class Arguments:
     dataset: str = field(
         metadata={"help": "JSONL file, folder or Hub dataset of conversations, or a folder of precomputed latents."}
     )
-    split: str = field(default="train", metadata={"help": "The dataset's split to train on."})
-    eval_split: str | None = field(default=None, metadata={"help": "The split to evaluate on, with --eval_strategy."})
+    split: str = field(
+        default="train", metadata={"help": "The dataset's split to train on, or a part of it, as 'train[:9000]'."}
+    )
+    eval_split: str | None = field(
+        default=None,
+        metadata={"help": "The split to evaluate on, with --eval_strategy. Part of a file: 'train[9000:]'."},
+    )
     train: Literal["projection", "lora", "language", "all"] = field(
         default="projection",
         metadata={
@@ -214,15 +219,65 @@ def choose_parts(model: PreTrainedModel, args: Arguments) -> nn.Module:
     return model
 
 
-def load_data(args: Arguments) -> tuple[Dataset, Dataset | None]:
+def load_data(args: Arguments, collator: ConversationCollator) -> tuple[Dataset, Dataset | None]:
     """The conversations to train on, and to evaluate on."""
     if not is_latents(args.dataset):
-        return tuple(split and load_conversations(args.dataset, split) for split in (args.split, args.eval_split))
+        splits = (args.split, args.eval_split)
+        return tuple(split and load_conversations(args.dataset, split, collator) for split in splits)
     if args.train == "all":
         raise ValueError("--train all trains the encoder, which latents have behind them. Give the images instead.")
     if args.eval_split is not None:
         raise ValueError(f"{args.dataset} holds the latents of one split. Leave --eval_split out.")
-    return load_latents(Path(args.dataset), args.model), None
+    return load_latents(Path(args.dataset), args.model, collator, args.split), None
+
+
+# Options of SFTConfig that change nothing here, since `ConversationCollator` makes the batches; with the values that
+# they have if they are not given.
+WITHOUT_EFFECT = {
+    "chat_template_path": None,
+    "completion_only_loss": None,
+    "dataset_kwargs": None,
+    "dataset_num_proc": None,
+    "dataset_text_field": "text",
+    "do_predict": False,
+    "eval_packing": None,
+    "model_init_kwargs": None,
+    "packing": False,
+    "pad_to_multiple_of": None,
+    "pad_token": None,
+    "padding_free": False,
+    "shuffle_dataset": False,
+    "trust_remote_code": True,
+}
+
+
+def check_options(args: Arguments, config: SFTConfig) -> None:
+    """Raises a `ValueError` for options that would be ignored, or that contradict each other."""
+    ignored = [name for name, default in WITHOUT_EFFECT.items() if getattr(config, name) != default]
+    if ignored:
+        raise ValueError(
+            f"--{', --'.join(ignored)} would change nothing: whole conversations are trained on what the assistant "
+            "says, by the checkpoint's own code and chat template. Leave it out."
+        )
+    if args.train != "lora" and args.lora_rank != Arguments.lora_rank:
+        raise ValueError(f"--lora_rank is for --train lora, got --train {args.train}. Leave it out.")
+    evaluates = config.eval_strategy != "no" or config.eval_on_start
+    if evaluates and args.eval_split is None:
+        raise ValueError("--eval_strategy and --eval_on_start need --eval_split, the split to evaluate on.")
+    if args.eval_split is not None and not evaluates:
+        raise ValueError(
+            f"--eval_split {args.eval_split} is never evaluated on without --eval_strategy. Give 'steps' or 'epoch'."
+        )
+    if args.eval_split is not None and overlap(args.split, args.eval_split):
+        raise ValueError(
+            f"--eval_split {args.eval_split} holds rows that --split {args.split} trains on. Give another split, or "
+            "two parts of one, such as 'train[:90%]' and 'train[90%:]'."
+        )
+
+
+def overlap(split: str, other: str) -> bool:
+    """Whether one of two splits is the other, or a part of it."""
+    return split == other or split.partition("[")[0] == other.partition("[")[0] and not ("[" in split and "[" in other)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> tuple[Arguments, SFTConfig]:
@@ -232,6 +287,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Arguments, SFTC
     on_cpu = not torch.accelerator.is_available()
     parser.set_defaults(max_length=None, report_to="none", trust_remote_code=True, use_cpu=on_cpu)
     args, config = parser.parse_args_and_config(arguments)
+    check_options(args, config)
     # The collator does all that there is to do with a row.
     config.dataset_kwargs = {"skip_prepare_dataset": True}
     config.remove_unused_columns = False
@@ -333,18 +389,19 @@ def main(arguments: list[str] | None = None, callbacks: Sequence[TrainerCallback
     check_output(args, config)
     if config.resume_from_checkpoint:
         check_resumable(args, Path(config.resume_from_checkpoint))
-    train_dataset, eval_dataset = load_data(args)
+    processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
+    context = AutoConfig.from_pretrained(args.model, trust_remote_code=True).text_config.max_position_embeddings
+    collator = ConversationCollator(processor, min(config.max_length or context, context))
+    train_dataset, eval_dataset = load_data(args, collator)
     model = load_model(args)
     if is_latents(args.dataset):
         model.model.world_encoder = AbsentEncoder()
-    processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
-    context = model.config.text_config.max_position_embeddings
     trainer = Trainer(
         choose_parts(model, args),
         args=config,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        data_collator=ConversationCollator(processor, min(config.max_length or context, context)),
+        data_collator=collator,
         processing_class=processor,
         callbacks=list(callbacks),
     )

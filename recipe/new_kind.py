@@ -118,7 +118,9 @@ def main(
     shutil.rmtree(folder, ignore_errors=True)
     write_conversations(folder / "data", scenes)
     precompute(str(ROOT), str(folder / "data" / "train.jsonl"), "train", folder / "latents", 1000, "float32")
-    model = train_adapter(load_latents(folder / "latents", str(ROOT)), folder, [], num_train_epochs=epochs)
+    collator = ConversationCollator(TheWorldProcessor.from_pretrained(ROOT))
+    latents = load_latents(folder / "latents", str(ROOT), collator)
+    model = train_adapter(latents, folder, [], num_train_epochs=epochs)
     new = [Case(scene.image, question) for _, scene, question in scenes_with_a_smallest("test", tested)]
     old = held_out_cases(per_old_kind)
     with model.disable_adapter():

@@ -1,16 +1,19 @@
 """Pins train.py and what it stands on: what is trained, on which text, what a save holds, and what is refused."""
 
 import json
+import re
 import resource
 import shutil
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from datasets import Dataset
+from datasets import Dataset, List
+from datasets import Image as ImageFeature
 from fresh import load_fresh, run_fresh
 from packaging import version
 from peft import PeftModel
@@ -24,6 +27,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 import convert_weights
 import precompute_latents
+import train
 from conversations import ConversationCollator, load_conversations
 from precompute_latents import load_latents
 from recipe.evaluate import SceneEvaluation
@@ -61,6 +65,10 @@ def latents(dataset, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("latents") / "train"
     assert precompute(dataset, folder) == 0
     return folder
+
+
+def copy_of_the_bundled_model(folder: Path) -> Path:
+    return shutil.copytree(ROOT, folder, ignore=lambda at, names: [n for n in names if (Path(at) / n).is_dir()])
 
 
 def turn(role: str, *parts: str | Image.Image) -> dict:
@@ -275,7 +283,7 @@ def test_transformers_own_trainer_has_the_same_losses(dataset, processor, model,
         use_cpu=True,
         report_to="none",
     )
-    rows = load_conversations(str(dataset), "train")
+    rows = load_conversations(str(dataset), "train", ConversationCollator(processor))
     theirs = transformers.Trainer(model, arguments, ConversationCollator(processor), train_dataset=rows)
     theirs.train()
     losses = (torch.tensor(losses_of(run.state.log_history)) for run in (ours, theirs))
@@ -356,7 +364,7 @@ def test_training_on_latents_is_training_on_pixels_without_the_encoder(parts, da
         torch.testing.assert_close(*load_fresh(inputs, tmp_path / "latents", tmp_path / "pixels"), **EXACT)
 
 
-def test_an_interrupted_run_goes_on_after_its_last_shard(dataset, latents, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_run_goes_on_after_its_last_shard(dataset, latents, processor, tmp_path, monkeypatch, capsys):
     encode, calls = precompute_latents.encode, []
 
     def interrupted(*arguments):
@@ -369,10 +377,11 @@ def test_an_interrupted_run_goes_on_after_its_last_shard(dataset, latents, tmp_p
     assert precompute(dataset, tmp_path / "cache") == 1
     assert "error: No space left on device" in capsys.readouterr().err
     with pytest.raises(ValueError, match="lacks 2 of 3 shards: precompute_latents.py was interrupted"):
-        load_latents(tmp_path / "cache", str(ROOT))
+        load_latents(tmp_path / "cache", str(ROOT), ConversationCollator(processor))
     assert precompute(dataset, tmp_path / "cache") == 0
     assert len(calls) == 4  # one shard, one that failed, and the two that were missing
-    resumed, whole = (load_latents(folder, str(ROOT)) for folder in (tmp_path / "cache", latents))
+    collator = ConversationCollator(processor)
+    resumed, whole = (load_latents(folder, str(ROOT), collator) for folder in (tmp_path / "cache", latents))
     assert len(resumed) == len(whole) == 16
     for row in (0, 7, 15):
         assert torch.equal(resumed[row]["world_latents"], whole[row]["world_latents"])
@@ -380,22 +389,71 @@ def test_an_interrupted_run_goes_on_after_its_last_shard(dataset, latents, tmp_p
     assert "holds latents of another encoder, dataset or form" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("change", ["weights", "size", "normalisation"])
+def test_latents_of_changed_rows_are_not_gone_on_with(tmp_path, capsys):
+    file = written(tmp_path, {"messages": CONVERSATION, "images": ["a.png"]}, {"messages": PARTS, "images": ["a.png"]})
+    assert precompute(file, tmp_path / "latents") == 0
+    lines = file.read_text()
+    file.write_text(lines.replace("a star", "a ring"))
+    assert precompute(file, tmp_path / "latents") == 1
+    file.write_text(lines)
+    assert precompute(file, tmp_path / "latents") == 0
+    draw_scene(1).image.save(tmp_path / "a.png")
+    assert precompute(file, tmp_path / "latents") == 1
+    assert capsys.readouterr().err.count("holds latents of another encoder, dataset or form") == 2
+
+
+def test_latents_of_rows_with_and_without_images_make_the_same_batch(processor, tmp_path):
+    """A shard of six rows without an image, and one where places are parts."""
+    text = {"messages": CONVERSATION, "images": []}
+    two = [turn("user", PICTURE, "What is it?", PICTURE), turn("assistant", "a star")]
+    file = written(
+        tmp_path,
+        *[text] * 6,
+        {"messages": PARTS, "images": ["a.png"]},
+        {"messages": two, "images": ["a.png"] * 2},
+        text,
+    )
+    assert precompute(file, tmp_path / "latents") == 0
+    collator = ConversationCollator(processor)
+    pixels = load_conversations(str(file), "train", collator)
+    latents = load_latents(tmp_path / "latents", str(ROOT), collator)
+    for some in ([0], [5, 6], [0, 6, 7, 8]):
+        of_pixels, of_latents = (collator([rows[number] for number in some]) for rows in (pixels, latents))
+        assert torch.equal(of_pixels["input_ids"], of_latents["input_ids"])
+        assert torch.equal(of_pixels["labels"], of_latents["labels"])
+        assert len(of_pixels.get("pixel_values", ())) == len(of_latents.get("world_latents", ()))
+
+
+def test_rows_of_latents_are_checked_before_training(dataset, latents, tmp_path):
+    with pytest.raises(ValueError, match=r"Row 0 of the dataset cannot be trained on: A conversation has \d+ tokens"):
+        run_train(dataset=latents, max_length=70, output_dir=tmp_path)
+
+
+def test_images_of_their_own_sizes_are_not_made_latents(dataset, tmp_path, capsys):
+    shutil.copytree(
+        ROOT, tmp_path / "m", ignore=lambda folder, names: [n for n in names if (Path(folder) / n).is_dir()]
+    )
+    file = tmp_path / "m" / "processor_config.json"
+    file.write_text(file.read_text().replace('"do_resize": true', '"do_resize": false'))
+    assert precompute(dataset, tmp_path / "latents", model=tmp_path / "m") == 1
+    assert "keeps images at their own sizes, but latents must have one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", ["weights", "size", "normalization"])
 def test_latents_of_another_encoder_are_refused(change, latents, tmp_path):
-    other = tmp_path / "other"
-    shutil.copytree(ROOT, other, ignore=lambda folder, names: [n for n in names if (Path(folder) / n).is_dir()])
+    other = copy_of_the_bundled_model(tmp_path / "other")
     if change == "weights":
         name = "model.world_encoder.quant_conv.bias"
         save_file({**BUNDLED, name: BUNDLED[name] + 1e-3}, other / "model.safetensors", metadata={"format": "pt"})
     else:
-        file = other / {"size": "processor_config.json", "normalisation": "config.json"}[change]
+        file = other / {"size": "processor_config.json", "normalization": "config.json"}[change]
         fields = json.loads(file.read_text())
         if change == "size":
             fields["image_processor"]["size"]["height"] = 128
         else:
             fields["normalize_latents"] = False
         file.write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match="were made with another encoder, image size or normalisation"):
+    with pytest.raises(ValueError, match="were made with another encoder, image size or normalization"):
         run_train(dataset=latents, model=other, output_dir=tmp_path / "run")
 
 
@@ -403,7 +461,9 @@ def test_what_latents_cannot_do_is_refused(latents, tmp_path):
     with pytest.raises(ValueError, match="--train all trains the encoder, which latents have behind them"):
         run_train(dataset=latents, train="all", output_dir=tmp_path)
     with pytest.raises(ValueError, match="holds the latents of one split"):
-        run_train(dataset=latents, eval_split="validation", output_dir=tmp_path)
+        run_train(dataset=latents, eval_split="validation", eval_strategy="steps", eval_steps=1, output_dir=tmp_path)
+    with pytest.raises(ValueError, match="holds the latents of split 'train', got --split test"):
+        run_train(dataset=latents, split="test", output_dir=tmp_path)
 
 
 # What is refused, and what survives.
@@ -463,6 +523,14 @@ def written(folder: Path, *rows: dict) -> Path:
 
 
 CONVERSATION = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "a star"}]
+PICTURE = Image.new("RGB", (8, 8))
+PARTS = [turn("user", PICTURE, "What is it?"), turn("assistant", "a star")]
+
+
+def asked(*content: str | dict, answer: str = "a star", **fields) -> list[dict]:
+    """A question and its answer; fields of the answer's message."""
+    question = content[0] if isinstance(content[0], str) else list(content)
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer, **fields}]
 
 
 @pytest.mark.parametrize(
@@ -471,40 +539,243 @@ CONVERSATION = [{"role": "user", "content": "What is it?"}, {"role": "assistant"
         ({"conversation": CONVERSATION, "images": ["a.png"]}, "columns conversation, images, but no messages. A row"),
         ({"messages": CONVERSATION, "image": "a.png"}, "but no images. A row needs `messages`"),
         (
-            {"messages": CONVERSATION, "images": ["b.png"]},
-            "The image .*b.png does not exist. Image paths are relative",
+            {"conversations": [{"from": "human", "value": "<image>\nWhat is it?"}], "image": "a.png"},
+            'This is LLaVA\'s format: write `from` "human" as',
         ),
-        ({"messages": CONVERSATION[:1], "images": ["a.png"]}, "Row 1 of the dataset ends without an answer"),
         (
-            {"messages": [turn("user", "no place"), turn("assistant", "yes")], "images": ["a.png"]},
-            "Row 1 of the dataset cannot be read: .*",
+            {"messages": CONVERSATION, "images": [], "videos": ["a.mp4"]},
+            "Row 0 of the dataset has `videos`, but",
         ),
+        ({"messages": CONVERSATION, "images": [], "video": "a.mp4"}, "Row 0 of the dataset has `video`, but training"),
+        ({"messages": CONVERSATION, "images": [], "image": "a.png"}, "Row 0 of the dataset has `image`, but training"),
+        ({"messages": CONVERSATION, "images": [], "tools": [{"name": "f"}]}, "Row 0 of the dataset has `tools`, but"),
     ],
-    ids=["column", "image column", "image", "truncated", "no place"],
+    ids=["column", "image column", "LLaVA", "videos", "a video", "an image", "tools"],
 )
-def test_a_dataset_that_cannot_be_trained_on_is_refused_at_once(row, message, tmp_path):
-    good = {**row}
-    if "messages" in row and "images" in row and row["images"] == ["a.png"]:
-        good = {"messages": [turn("user", Image.new("RGB", (8, 8)), "a"), turn("assistant", "b")], "images": ["a.png"]}
-        if isinstance(row["messages"][0]["content"], str):
-            good = {"messages": CONVERSATION, "images": ["a.png"]}
-    with pytest.raises(Exception, match=message):
-        load_conversations(str(written(tmp_path, good, row)), "train")
+def test_columns_that_would_be_lost_are_refused(row, message, processor, tmp_path, capsys):
+    file = written(tmp_path, row)
+    with pytest.raises(ValueError, match=message):
+        load_conversations(str(file), "train", ConversationCollator(processor))
+    assert precompute(file, tmp_path / "latents") == 1
+    assert re.search(message, capsys.readouterr().err) and not (tmp_path / "latents").exists()
 
 
-def test_folders_and_parquet_load_too(dataset, tmp_path):
-    rows = load_conversations(str(dataset), "train")
-    from_folder = load_conversations(str(dataset.parent), "train")
+BAD_ROWS = {
+    "no answer": (CONVERSATION[:1], ["a.png"], r"ends without an answer: the last of its 1 message\(s\)"),
+    "no message": ([], [], "ends without an answer: the last of its 0"),
+    "null messages": (None, [], "`messages` must be a list of {role, content}, got None"),
+    "two questions": (CONVERSATION[:1] + CONVERSATION, [], "Turns must alternate user, assistant"),
+    "two answers": (CONVERSATION + CONVERSATION[1:], [], "Turns must alternate user, assistant"),
+    "a tool": (
+        [*CONVERSATION, {"role": "tool", "content": "3"}, CONVERSATION[1]],
+        [],
+        "Turns must alternate user, assistant, .* got 'tool'",
+    ),
+    "LLaVA's roles": (
+        [{"role": "human", "content": "a"}, {"role": "gpt", "content": "b"}],
+        [],
+        "Invalid role .* human",
+    ),
+    "LLaVA's keys": (
+        [{"from": "human", "value": "a"}],
+        [],
+        "Message 1 must have `role` and `content`, got from, value",
+    ),
+    "LLaVA's place": (asked("<image>\nWhat is it?"), ["a.png"], "text of message 1 holds '<image>'"),
+    "LLaVA's place, no image": (asked("What is it?\n<image>"), [], "text of message 1 holds '<image>'"),
+    "a place in a sentence": (asked("What is <image> here?"), ["a.png"], "text of message 1 holds '<image>'"),
+    "LLaVA's video": (asked("<video>\nWhat is it?"), [], "text of message 1 holds '<video>'"),
+    "a typed place": (asked("<world>What is it?"), ["a.png"], "holds <world>, which stands for an image"),
+    "a typed end of a turn": (asked("a", answer="b<end_of_turn>"), [], "text of message 2 holds '<end_of_turn>'"),
+    "a typed beginning": (asked("<bos>a"), [], "text of message 1 holds '<bos>'"),
+    "a video": (asked({"type": "video"}, {"type": "text", "text": "a"}), [], "A part of message 1 must be .*'video'"),
+    "an image in its part": (
+        asked({"type": "image", "path": "a.png"}, {"type": "text", "text": "a"}),
+        ["a.png"],
+        "A part of message 1 must be .* with the image in `images`, got .*a.png",
+    ),
+    "images out of order": (
+        asked({"type": "image", "index": 1}, {"type": "image", "index": 0}),
+        ["a.png", "a.png"],
+        "Place 0 for an image has another `index`",
+    ),
+    "no place": (asked({"type": "text", "text": "a"}), ["a.png"], r"images provided \(1\) does not match .* \(0\)"),
+    "no image": (PARTS, [], r"images provided \(0\) does not match number of image placeholders \(1\)"),
+    "a number as content": (
+        [{"role": "user", "content": 3}, CONVERSATION[1]],
+        [],
+        "content of message 1 must be text or a list of parts, got 3",
+    ),
+    "no text": (asked({"type": "text"}), [], "A part of message 1 must be"),
+    "an empty answer": (asked("a", answer=" \n"), [], "Message 2, of the assistant, is empty"),
+    "an empty question": (asked(" "), [], "Message 1, of the user, is empty"),
+    "tool calls": (asked("a", answer=None, tool_calls=[{"name": "f"}]), [], "got role, tool_calls"),
+    "a weight": (asked("a", weight=0), [], "Message 2 must have `role` and `content`, got role, content, weight"),
+    "null images": (CONVERSATION, None, r"`images` must be a list of images, got None. A row without images has \[\]"),
+    "a null image": (CONVERSATION, ["a.png", None], "An image must be a path, got None"),
+    "an image elsewhere": (CONVERSATION, ["../a.png"], "is outside the dataset's folder"),
+    "a missing image": (CONVERSATION, ["b.png"], "The image .*b.png does not exist. Image paths are relative"),
+    "a text file as image": (
+        CONVERSATION,
+        ["train.jsonl"],
+        "train.jsonl cannot be decoded: it is in no format that can be read",
+    ),
+    "half an image": (CONVERSATION, ["half.png"], "The image .*half.png cannot be decoded: .*truncated"),
+    "a long one": (asked("a" * 200), ["a.png"], r"has \d+ tokens, more than max_length=150"),
+    "an image too many": (CONVERSATION, ["a.png"] * 2, r"has \d+ tokens, more than max_length=150"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_bad_row_is_refused_by_its_number(name, processor, tmp_path):
+    messages, images, message = BAD_ROWS[name]
+    good = [{"messages": CONVERSATION, "images": ["a.png"]}, {"messages": PARTS, "images": ["a.png"]}]
+    file = written(tmp_path, *good, {"messages": messages, "images": images})
+    (tmp_path / "half.png").write_bytes((tmp_path / "a.png").read_bytes()[:-20])
+    with pytest.raises(ValueError, match=f"(?s)Row 2 of the dataset cannot be trained on: .*{message}"):
+        load_conversations(str(file), "train", ConversationCollator(processor, max_length=150))
+
+
+def test_a_bad_row_ends_a_run_before_the_model_loads(processor, tmp_path, monkeypatch, capsys):
+    file = written(tmp_path, {"messages": CONVERSATION, "images": ["a.png"]}, {"messages": [], "images": []})
+    for script in (train, precompute_latents):
+        monkeypatch.setattr(script, "AutoModel", None)
+    with pytest.raises(ValueError, match="Row 1 of the dataset cannot be trained on"):
+        run_train(dataset=file, output_dir=tmp_path / "run")
+    assert precompute(file, tmp_path / "latents") == 1
+    assert "error: Row 1 of the dataset cannot be trained on" in capsys.readouterr().err
+
+
+def test_a_damaged_image_in_a_parquet_file_is_refused(processor, tmp_path):
+    whole = BytesIO()
+    draw_scene(1).image.save(whole, "PNG")
+    for content, message in (
+        (b"no image", "in this row cannot be decoded: it is in"),
+        (whole.getvalue()[:-30], "truncated"),
+    ):
+        rows = Dataset.from_dict({"messages": [CONVERSATION] * 2, "images": [[], [{"bytes": content, "path": None}]]})
+        rows.cast_column("images", List(ImageFeature())).to_parquet(tmp_path / "train-00000.parquet")
+        with pytest.raises(ValueError, match=f"Row 1 of the dataset cannot be trained on: .*{message}"):
+            load_conversations(str(tmp_path), "train", ConversationCollator(processor))
+
+
+def test_the_longest_conversation_that_passes_fits_its_batch(processor, rows):
+    """What is counted before training is what a batch then has."""
+    for row in rows:
+        length = ConversationCollator(processor)([row])["input_ids"].shape[1]
+        sizes = [image.size[::-1] for image in row["images"]]
+        ConversationCollator(processor, max_length=length).check(row["messages"], sizes)
+        with pytest.raises(ValueError, match=f"{length} tokens, more than max_length={length - 1}"):
+            ConversationCollator(processor, max_length=length - 1).check(row["messages"], sizes)
+
+
+def test_other_forms_of_the_same_conversation_make_the_same_batch(processor):
+    image = draw_scene(1).image
+    plain = {"messages": CONVERSATION, "images": [image]}
+    nulls = [
+        {"type": "image", "text": None, "index": 0},
+        {"type": "text", "text": "What is it?", "index": None},
+    ]
+    others = [
+        {"messages": PARTS, "images": [image]},
+        {"messages": asked(*nulls, name=None), "images": [image]},  # as Parquet files have them
+        {"messages": [PARTS[0], CONVERSATION[1]], "images": [image]},
+    ]
+    collator = ConversationCollator(processor)
+    expected = collator([plain])
+    for row in others:
+        batch = collator([row])
+        assert all(torch.equal(batch[name], expected[name]) for name in expected)
+
+
+def test_a_later_question_as_text_gets_no_image(processor):
+    batch = ConversationCollator(processor)([{"messages": PARTS + CONVERSATION, "images": [PICTURE]}])
+    prompt = processor.decode(batch["input_ids"][0])
+    assert prompt.index("<world>") < prompt.index("What is it?") and prompt.count("<start_of_world>") == 1
+
+
+@pytest.mark.parametrize("form", ["file", "folder"])
+def test_answers_that_are_json_stay_text(form, processor, tmp_path):
+    answers = ["3", "3.10", "null", "true", '"a"', "[1]", '{"a": 1}', "three"]
+    rows = [{"messages": asked({"type": "text", "text": "a"}, answer=answer), "images": []} for answer in answers]
+    source = written(tmp_path, *rows) if form == "file" else written(tmp_path, *rows).parent
+    loaded = load_conversations(str(source), "train", ConversationCollator(processor))
+    assert [row["messages"][1]["content"] for row in loaded] == answers
+
+
+def test_what_stands_for_no_image_may_be_said(processor, tmp_path):
+    told = asked("How does <video> differ from <image> in HTML?", answer="<image> is no tag.")
+    file = written(tmp_path, {"messages": told, "images": [], "videos": [], "tools": None, "image": ""})
+    assert len(load_conversations(str(file), "train", ConversationCollator(processor))) == 1
+
+
+def test_a_column_that_is_not_read_is_named(processor, tmp_path):
+    file = written(tmp_path, {"messages": CONVERSATION, "images": [], "source": "here", "id": 3})
+    with pytest.warns(UserWarning, match=r"Training does not read the column\(s\) id, source of"):
+        load_conversations(str(file), "train", ConversationCollator(processor))
+
+
+def test_folders_and_parquet_load_too(dataset, processor, tmp_path):
+    collator = ConversationCollator(processor)
+    rows = load_conversations(str(dataset), "train", collator)
+    from_folder = load_conversations(str(dataset.parent), "train", collator)
     rows.to_parquet(tmp_path / "train-00000.parquet")
-    from_parquet = load_conversations(str(tmp_path), "train")
+    from_parquet = load_conversations(str(tmp_path), "train", collator)
     for each in (from_folder, from_parquet):
         assert each[3]["messages"] == rows[3]["messages"] and len(each) == len(rows)
         assert each[3]["images"][0].tobytes() == rows[3]["images"][0].tobytes()
 
 
-def test_a_split_to_evaluate_on_is_evaluated_and_scenes_too(dataset, tmp_path):
+# Splits and options.
+
+
+def test_parts_of_a_file_train_and_evaluate_apart(dataset, processor, tmp_path):
+    options = {"split": "train[:75%]", "eval_split": "train[75%:]", "eval_strategy": "steps", "eval_steps": 1}
+    run = run_train(dataset=dataset, output_dir=tmp_path, max_steps=1, **options)
+    whole = load_conversations(str(dataset), "train", ConversationCollator(processor))["messages"][:]
+    assert run.train_dataset["messages"][:] == whole[:12] and run.eval_dataset["messages"][:] == whole[12:]
+
+
+EVALUATE = {"eval_strategy": "steps", "eval_steps": 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"eval_split": "validation", **EVALUATE},
+            "is one file, whose only split is 'train', got 'validation'",
+        ),
+        ({"split": "test"}, "is one file, whose only split is 'train', got 'test'"),
+        ({"eval_split": "train", **EVALUATE}, "--eval_split train holds rows that --split train trains on"),
+        ({"eval_split": "train[8:]", **EVALUATE}, r"--eval_split train\[8:\] holds rows that --split train trains on"),
+        ({"eval_split": "train[8:]", "split": "train[:8]"}, "is never evaluated on without --eval_strategy"),
+        (EVALUATE, "need --eval_split, the split to evaluate on"),
+        ({"eval_on_start": True}, "need --eval_split, the split to evaluate on"),
+        ({"lora_rank": 4, "train": "language"}, "--lora_rank is for --train lora, got --train language"),
+    ],
+    ids=repr,
+)
+def test_a_split_or_option_without_effect_is_refused(options, message, dataset, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run_train(dataset=dataset, output_dir=tmp_path, **options)
+
+
+GIVEN = {"chat_template_path": "chat_template.jinja", "dataset_kwargs": "{}", "model_init_kwargs": "{}"}
+GIVEN |= {"dataset_num_proc": 2, "pad_to_multiple_of": 8, "pad_token": "<pad>", "dataset_text_field": "messages"}
+
+
+@pytest.mark.filterwarnings("ignore:`pad_token` is deprecated")
+@pytest.mark.parametrize("name", train.WITHOUT_EFFECT)
+def test_an_option_that_the_collator_ignores_is_refused(name, dataset, tmp_path):
+    with pytest.raises(ValueError, match=f"--{name} would change nothing: whole conversations are trained on"):
+        given = GIVEN.get(name, not train.WITHOUT_EFFECT[name])
+        run_train(dataset=dataset, output_dir=tmp_path, **{name: given})
+
+
+def test_a_split_to_evaluate_on_is_evaluated_and_scenes_too(dataset, processor, tmp_path):
     folder = tmp_path / "data"
-    rows = load_conversations(str(dataset), "train")
+    rows = load_conversations(str(dataset), "train", ConversationCollator(processor))
     folder.mkdir()
     rows.to_parquet(folder / "train-00000.parquet")
     rows.select(range(4)).to_parquet(folder / "validation-00000.parquet")
@@ -586,7 +857,7 @@ def test_trls_collator_trains_on_completions_alone(processor, rows):
 def test_trls_own_command_line_trains_the_bundled_model(form, dataset, processor, tmp_path):
     """On transformers 5.17 TRL masks prompts of the second form alone."""
     options = ["--completion_only_loss", "true"]
-    rows = load_conversations(str(dataset), "train")
+    rows = load_conversations(str(dataset), "train", ConversationCollator(processor))
     columns = {"images": rows["images"]}
     if form == "messages":
         if version.parse(transformers.__version__) < version.parse("5.18"):
