@@ -142,6 +142,10 @@ def test_what_two_processes_save_is_an_ordinary_checkpoint(pattern, rows, traine
         torch.testing.assert_close(weights[name], tensor, atol=1e-3, rtol=1e-2, msg=name)
 
 
+@pytest.mark.skipif(
+    version.parse(transformers.__version__) < version.parse("5.20"),
+    reason="transformers 5.17 loads the optimizer of several processes on CPUs to `cpu:0`, which torch does not know",
+)
 def test_two_processes_resume_with_the_losses_of_an_uninterrupted_run(start, trained, tmp_path):
     command = command_of("--num_processes 2")
     whole, folder = trained(command, 2), make_folder(tmp_path)
