@@ -458,9 +458,9 @@ def test_an_adapter_of_the_projection_is_merged_first(theirs, scenes, tmp_path, 
         PEFTHelper.from_local_dir("tuned", 4096).validate_legal(LoRAConfig(max_lora_rank=8))
 
     exec(snippet("merge_and_unload"), {})
-    adapted, merged = greedy(ROOT, tmp_path / "tuned"), tmp_path / "merged"
     messages = mixed_messages(scenes)[:8]
-    with serve(merged, tmp_path, "--dtype", "float32", "--enforce-eager") as (address, _):
-        assert [ours(address, message) for message in messages] == [greedy(merged)(message) for message in messages]
-    assert [adapted(message) for message in messages] == [greedy(merged)(message) for message in messages]
-    assert [adapted(message) for message in messages] != [theirs(message) for message in messages]
+    adapted = list(map(greedy(ROOT, tmp_path / "tuned"), messages))
+    assert list(map(greedy(tmp_path / "merged"), messages)) == adapted != list(map(theirs, messages))
+    with serve(tmp_path / "merged", tmp_path, "--dtype", "float32", "--enforce-eager") as (address, _):
+        # Such weights would say `<world_video>`.
+        assert [ours(address, message, bad_words=PLACEHOLDERS) for message in messages] == adapted
