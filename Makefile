@@ -27,7 +27,7 @@ test-oldest: $(OLDEST)/.installed
 test-vllm: $(VLLM)/.installed
 	$(VLLM)/bin/python -m pytest tests/test_vllm.py tests/test_run_it.py -m "vllm or not vllm"
 
-# Gemma in fewer bits, by torchao and by bitsandbytes.
+# Gemma in fewer bits, by torchao and by bitsandbytes; trained on by TRL.
 test-quantized: $(WEB)/.installed
 	$(WEB)/bin/python -m pytest tests/test_quantized.py -m quantized
 
@@ -91,7 +91,7 @@ benchmark-training: $(VENV)/.installed
 $(VENV)/.installed: constraints.txt pyproject.toml
 $(OLDEST)/.installed: constraints-oldest.txt pyproject.toml
 $(WEB)/.installed: constraints-web.txt pyproject.toml
-$(WEB)/.installed: EXTRAS := test,test-web,web,quantized
+$(WEB)/.installed: EXTRAS := test,test-web,web,quantized,train
 $(HARNESS)/.installed: constraints.txt pyproject.toml
 $(HARNESS)/.installed: EXTRAS := test,harness
 %/.installed:

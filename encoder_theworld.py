@@ -83,7 +83,8 @@ class TheWorldEncoder(nn.Module):
             ValueError: If its shape or its range is another, or the cache is one of other videos.
         """
         self.check(pixel_values)
-        pixels = pixel_values.to(self.quant_conv.weight.dtype)
+        # A quantized weight is stored as integers; a bias has the dtype that the layer computes in.
+        pixels = pixel_values.to(self.quant_conv.bias.dtype)
         if pixels.dim() == 5:
             return self.encode_videos(pixels, VideoCache() if cache is None else cache)
         if cache is not None:

@@ -47,6 +47,8 @@ from .versions_theworld import CACHE_NAME, accepts_past_key_values, create_masks
 
 # Attention of the engines that build a model with `AutoModel.from_config` and put their own head on it.
 ENGINE_ATTENTION = ("vllm", "sglang")
+# What quantizers leave whole, beside embeddings and head: all but Gemma's layers.
+WHOLE = ("world_encoder", "world_projection", "vision_tower", "multi_modal_projector")
 
 
 def check_served(config: TheWorldConfig) -> None:
@@ -123,7 +125,8 @@ class TheWorldProjector(nn.Module):
             tokens = latents.flatten(2)
         else:
             tokens = F.pixel_unshuffle(latents, merge).flatten(2).transpose(1, 2)
-        hidden_states = self.linear_1(tokens.to(self.linear_1.weight.dtype).contiguous())
+        # A quantized weight is stored as integers; a bias has the dtype that the layer computes in.
+        hidden_states = self.linear_1(tokens.to(self.linear_1.bias.dtype).contiguous())
         if self.config.projector_type == "mlp":
             hidden_states = self.linear_2(F.gelu(hidden_states))
         return hidden_states
@@ -141,6 +144,13 @@ class TheWorldPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _can_compile_fullgraph = True
     _supports_attention_backend = True
+    # Quantizers skip these, whatever else they are told to skip. By full names, with a head and without.
+    _keep_in_fp32_modules = [*WHOLE, *(f"model.{name}" for name in WHOLE)]
+
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict:
+        """As transformers' own, but float16 means float16 for what quantizers skip, too."""
+        plan = super()._get_dtype_plan(dtype)
+        return {name: kept for name, kept in plan.items() if name not in TheWorldPreTrainedModel._keep_in_fp32_modules}
 
     def __init_subclass__(cls, **kwargs):
         """

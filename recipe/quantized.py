@@ -4,8 +4,7 @@ What the bundled model answers with Gemma's matrices in fewer bits.
 
     python -m recipe.quantized
 
-needs torchao and bitsandbytes, and writes `results/quantized.json` and `.md`. Only Gemma's layers are quantised:
-the encoder, the projection and the tied head keep their numbers.
+needs torchao and bitsandbytes, and writes `results/quantized.json` and `.md`. Only Gemma's layers are quantized.
 """
 
 import json
@@ -19,25 +18,15 @@ from .evaluate import CONDITIONS, QUESTIONS_PER_KIND, Case, answer, held_out_cas
 from .train import RESULTS, ROOT
 
 
-# By their full names: a bare `linear_1` would match any layer of that name.
-KEPT = ["model.world_encoder", "model.world_projection", "lm_head"]
-
-
-def torchao(weights) -> TorchAoConfig:
-    return TorchAoConfig(weights, modules_to_not_convert=KEPT)
-
-
 # How Gemma's matrices are held; None is as saved.
 SETTINGS: dict[str, Callable] = {
     "float32": lambda: None,
-    "torchao int8": lambda: torchao(Int8WeightOnlyConfig(version=2)),
-    "torchao int4, groups of 32": lambda: torchao(
+    "torchao int8": lambda: TorchAoConfig(Int8WeightOnlyConfig(version=2)),
+    "torchao int4, groups of 32": lambda: TorchAoConfig(
         IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
     ),
-    "bitsandbytes int8": lambda: BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=KEPT),
-    "bitsandbytes nf4": lambda: BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=KEPT
-    ),
+    "bitsandbytes int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
+    "bitsandbytes nf4": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
 }
 
 
