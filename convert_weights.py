@@ -87,6 +87,7 @@ MODEL_FILES = (
     "frames_theworld.py",
     "images_theworld.py",
     "modeling_theworld.py",
+    "padding_theworld.py",
     "processing_theworld.py",
     "streams_theworld.py",
     "versions_theworld.py",

@@ -7,6 +7,7 @@ and of Gemma 3's own image tokens where the model has them; one `<world_video>` 
 # First: it names a transformers that lacks what follows.
 from .versions_theworld import TESTED  # noqa: F401 # isort: skip
 
+import copy
 from collections.abc import Iterable
 
 import numpy as np
@@ -22,6 +23,7 @@ from transformers.video_utils import VideoInput, VideoMetadataType
 
 from .checks_theworld import check_text
 from .images_theworld import read_images
+from .padding_theworld import without_shared_settings
 from .videos_theworld import count_videos_by_prompt, fill_up, flatten_metadata, flatten_videos, read_video
 
 
@@ -246,7 +248,9 @@ class TheWorldProcessor(ProcessorMixin):
             kwargs["images_kwargs"] = {**kwargs.get("images_kwargs", {}), "encoded": True}
             images = list_latents(world_latents)
         text, kwargs = self._keep_one_bos(text, kwargs)
-        inputs = super().__call__(images=images, text=text, videos=videos, **kwargs)
+        call = copy.copy(self)
+        call.tokenizer = without_shared_settings(self.tokenizer)
+        inputs = super(TheWorldProcessor, call).__call__(images=images, text=text, videos=videos, **kwargs)
         if self.vision_settings is not None and "input_ids" in inputs:
             inputs["token_type_ids"] = self.create_token_type_ids(inputs["input_ids"])
         return inputs

@@ -127,6 +127,7 @@ def test_the_folder_is_a_complete_model_repo(checkpoint):
         "images_theworld.py",
         "model.safetensors",
         "modeling_theworld.py",
+        "padding_theworld.py",
         "processing_theworld.py",
         "processor_config.json",
         "streams_theworld.py",

@@ -1,5 +1,6 @@
-"""Pins that an answer depends on the question and the picture alone: not on threads, batches, padding or kernels."""
+"""Tests that an answer depends on the question and the picture alone: not on threads, batches, padding or kernels."""
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -51,6 +52,49 @@ def test_the_questions_have_answers_that_differ(alone):
 def test_threads_that_share_a_model_get_the_answers_of_one(bundled, asked, alone):
     with ThreadPoolExecutor(THREADS) as pool:
         assert list(pool.map(lambda each: answer(*bundled, each)[0], asked)) == alone
+
+
+# Some ask for padding, some for truncation, some for neither; in one object of Rust these are settings that all share.
+CALLS = (
+    {},
+    {"padding": True, "return_tensors": "pt"},
+    {"padding": "max_length", "max_length": 300, "padding_side": "right"},
+    {"text_kwargs": {"padding": True, "pad_to_multiple_of": 64}},
+    {"truncation": True, "max_length": 4},
+    {"truncation": True, "max_length": 4, "padding": True, "return_offsets_mapping": True, "return_tensors": "pt"},
+)
+
+
+def process(processor, picture, question: str, options: dict) -> dict[str, torch.Tensor]:
+    """What a processor makes of a short and a longer prompt, about a picture where nothing is truncated."""
+    texts = [f"<world>{question}", f"<world>{question} Or is it not?"]
+    if options.get("truncation"):
+        return processor(text=[text.removeprefix("<world>") for text in texts], **options)
+    return processor(text=texts, images=[[picture], [picture]], **options)
+
+
+def test_threads_that_share_a_processor_get_the_inputs_of_one(bundled, asked):
+    _, processor = bundled
+    work = [(*each, CALLS[number % len(CALLS)]) for number, each in enumerate(asked * 20)]
+    alone = [process(processor, *each) for each in work]
+    with ThreadPoolExecutor(THREADS) as pool:
+        streamed = [pool.submit(processor.batch_decode, [[5] * 4096] * 8) for _ in range(50)]
+        together = list(pool.map(lambda each: process(processor, *each), work))
+    assert all(future.result() for future in streamed)
+    assert [str(inputs) for inputs in together] == [str(inputs) for inputs in alone]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("options", CALLS)
+def test_prompts_are_cut_and_padded_as_by_the_tokenizer(bundled, side, options):
+    _, processor = bundled
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    texts = ["What is it?", "Where is the blue circle from the star?"]
+    tokenizer.truncation_side = side
+    ours = copy.copy(processor)
+    ours.tokenizer = copy.deepcopy(tokenizer)
+    expected, got = tokenizer(texts, **options.get("text_kwargs", options)), ours(text=texts, **options)
+    assert expected.keys() == got.keys() and str(dict(expected)) == str(dict(got))
 
 
 @pytest.mark.parametrize("size", [2, 5, 16])
