@@ -17,7 +17,9 @@ Where Gemma 3 keeps its own eyes, an image also goes the way that Gemma made for
     vision_pixel_values [C, 3, s, s] -> SigLIP -> Gemma's projector -> [C, M, D], in the places of `<image_soft_token>`
 """
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
@@ -29,7 +31,13 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
+from transformers.utils import (
+    PROCESSOR_NAME,
+    TransformersKwargs,
+    cached_file,
+    can_return_tuple,
+    torch_compilable_check,
+)
 
 from .checks_theworld import (
     check_asked,
@@ -132,6 +140,21 @@ class TheWorldProjector(nn.Module):
         return hidden_states
 
 
+def read_processor_config(checkpoint: str | os.PathLike | None, options: dict) -> str | None:
+    """The text of a checkpoint's processor_config.json, if it has one; `options` are those of `from_pretrained`."""
+    if checkpoint is None:
+        return None
+    names = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
+    kinds = ("gated_repo", "missing_entries", "connection_errors")
+    path = cached_file(
+        checkpoint,
+        PROCESSOR_NAME,
+        **{name: options[name] for name in names if name in options},
+        **{f"_raise_exceptions_for_{kind}": False for kind in kinds},
+    )
+    return path and Path(path).read_text()
+
+
 class TheWorldPreTrainedModel(PreTrainedModel):
     config: TheWorldConfig
     base_model_prefix = "model"
@@ -144,6 +167,8 @@ class TheWorldPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _can_compile_fullgraph = True
     _supports_attention_backend = True
+    # The text of the processor_config.json beside the weights that the model was loaded from.
+    _processor_config: str | None = None
     # Quantizers skip these, whatever else they are told to skip. By full names, with a head and without.
     _keep_in_fp32_modules = [*WHOLE, *(f"model.{name}" for name in WHOLE)]
 
@@ -185,12 +210,14 @@ class TheWorldPreTrainedModel(PreTrainedModel):
             raise ValueError("TheWorld reads safetensors only, got use_safetensors=False. Leave it out.")
         options = {"use_safetensors": True, "output_loading_info": True, **kwargs}
         checkpoint = pretrained_model_name_or_path
+        processor_config = read_processor_config(checkpoint, options)
         try:
             model, info = super().from_pretrained(checkpoint, *args, **options)
         except SafetensorError as error:
             raise OSError(
                 f"A safetensors file of {checkpoint} is damaged or cut off ({error}). Get it again."
             ) from error
+        model._processor_config = processor_config
         if output_loading_info:
             return model, info
         missing = sorted(info["missing_keys"])
@@ -218,6 +245,26 @@ class TheWorldPreTrainedModel(PreTrainedModel):
             if name in whole and source in whole and torch.equal(whole[name], whole[source]):
                 del whole[name]
         return whole
+
+    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs) -> None:
+        """
+        As transformers' own, and the folder says how its processor is made, as the one that the model came from.
+
+        A pipeline, or who saves model and tokenizer, saves no processor. One that is there already is kept.
+        """
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process and self._processor_config is not None:
+            from .processing_theworld import complete_folder  # a model's own code has no need of it
+
+            complete_folder(save_directory, self._processor_config)
+
+    def push_to_hub(self, *args, **kwargs) -> str:
+        """As transformers' own. The model's processor is left out, because the repo may have a newer one."""
+        processor_config, self._processor_config = self._processor_config, None
+        try:
+            return super().push_to_hub(*args, **kwargs)
+        finally:
+            self._processor_config = processor_config
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):

@@ -8,7 +8,9 @@ and of Gemma 3's own image tokens where the model has them; one `<world_video>` 
 from .versions_theworld import TESTED  # noqa: F401 # isort: skip
 
 import copy
+import os
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from transformers.image_processing_utils import get_size_dict
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorKwargs, Gemma3ImageProcessorPil
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, Unpack
+from transformers.utils import PROCESSOR_NAME
 from transformers.video_utils import VideoInput, VideoMetadataType
 
 from .checks_theworld import check_text
@@ -124,6 +127,13 @@ def check_range(pixel_values: Iterable[torch.Tensor | np.ndarray]) -> None:
             )
 
 
+def complete_folder(folder: str | os.PathLike, processor_config: str) -> None:
+    """Writes a processor's settings into a model's `folder` that has none; tokenizer and code are there already."""
+    path = Path(folder) / PROCESSOR_NAME
+    if not path.exists():
+        path.write_text(processor_config)
+
+
 class TheWorldProcessor(ProcessorMixin):
     """
     An image processor and a Gemma tokenizer with TheWorld's tokens, in one call.
@@ -196,6 +206,22 @@ class TheWorldProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         # Frames are images. (transformers' own video processors need torchvision.)
         self.video_processor = self.image_processor
+
+    @classmethod
+    def get_processor_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
+        """
+        As transformers' own.
+
+        Raises:
+            ValueError: If the folder has no processor_config.json. transformers would guess.
+        """
+        settings, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        if "patch_size" not in settings:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} has no {PROCESSOR_NAME}, which says how images become tokens. Load "
+                "the processor of the checkpoint that the model came from, and save it there with `save_pretrained`."
+            )
+        return settings, kwargs
 
     def __call__(
         self,

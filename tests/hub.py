@@ -192,16 +192,11 @@ class HubHandler(BaseHTTPRequestHandler):
             self.send_json({"files": modes})
 
     def lfs_batch(self, name: str):
-        objects = [
-            {
-                "oid": wanted["oid"],
-                "size": wanted["size"],
-                "actions": {}
-                if wanted["oid"] in self.server_hub.lfs
-                else {"upload": {"href": f"{self.server_hub.lfs_address}/{wanted['oid']}", "header": {}}},
-            }
-            for wanted in json.loads(self.body())["objects"]
-        ]
+        objects = json.loads(self.body())["objects"]
+        for wanted in objects:
+            if wanted["oid"] not in self.server_hub.lfs:  # an object that is there has no actions
+                href = f"{self.server_hub.lfs_address}/{wanted['oid']}"
+                wanted["actions"] = {"upload": {"href": href, "header": {}}}
         self.send_json({"transfer": "basic", "objects": objects})
 
     def lfs_put(self, oid: str):

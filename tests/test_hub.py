@@ -189,3 +189,16 @@ for folder, name in zip(sys.argv[1::2], sys.argv[2::2]):
     assert vae_commit.encode() in pushed["README.md"]
     answer = run_fresh("-c", ASK, "org/converted", PICTURE, "main", cache=tmp_path / "user")
     assert answer.strip().endswith("first")
+
+
+def test_a_pushed_model_leaves_the_repos_processor(hub, tmp_path):
+    code = """
+import sys
+from transformers import AutoModel, AutoProcessor
+processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+processor.image_processor.size = {"height": 96, "width": 96}
+processor.push_to_hub(sys.argv[2])
+AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True).push_to_hub(sys.argv[2])
+print(AutoProcessor.from_pretrained(sys.argv[2], trust_remote_code=True).image_processor.size["height"])
+"""
+    assert run_fresh("-c", code, ROOT, "org/larger", cache=tmp_path).strip() == "96"
