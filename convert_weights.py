@@ -247,8 +247,9 @@ def build_config(
     text_config = read_text_config(gemma)
     token_ids = tokenizer.convert_tokens_to_ids(list(TheWorldProcessor.world_tokens))
     image_token_id, start_id, end_id, video_token_id = token_ids
-    if len(tokenizer) > text_config.vocab_size:
-        text_config.vocab_size = 64 * math.ceil(len(tokenizer) / 64)
+    # Gemma 3 1B's tokenizer has an entry more than its table has rows; only TheWorld's tokens need rows.
+    if max(token_ids) >= text_config.vocab_size:
+        text_config.vocab_size = 64 * math.ceil((max(token_ids) + 1) / 64)
     text_config.dtype = dtype
     text_config.name_or_path = ""
     config = TheWorldConfig(
@@ -439,7 +440,11 @@ def largest_latent_difference(vae: Source, folder: Path, config: TheWorldConfig)
 
 
 def write_generation_config(gemma: Source, config: TheWorldConfig, folder: Path) -> None:
-    """Gemma's own generation config; world tokens, and Gemma's own for an image, go in and never come out."""
+    """
+    Gemma's own generation config, but neither the tokens of images and videos nor appended rows are ever generated.
+
+    Most appended rows belong to no token: a table is lengthened to a multiple of 64.
+    """
     if (gemma.folder / "generation_config.json").is_file():
         generation_config = GenerationConfig.from_pretrained(gemma.folder)
     else:
@@ -447,7 +452,9 @@ def write_generation_config(gemma: Source, config: TheWorldConfig, folder: Path)
     world_token_ids = [config.image_token_id, config.start_of_world_token_id, config.end_of_world_token_id]
     world_token_ids += [config.video_token_id]
     vision_token_ids = [config.vision_token_id, config.boi_token_id, config.eoi_token_id]
-    generation_config.suppress_tokens = world_token_ids + (vision_token_ids if config.vision_config else [])
+    appended = range(read_text_config(gemma).vocab_size, config.text_config.vocab_size)
+    suppressed = world_token_ids + (vision_token_ids if config.vision_config else [])
+    generation_config.suppress_tokens = suppressed + [row for row in appended if row not in suppressed]
     generation_config.save_pretrained(folder)
 
 

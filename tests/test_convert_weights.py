@@ -1,4 +1,4 @@
-"""Pins the converter: real on-disk formats in, the same numbers out, and one clear line when something is wrong."""
+"""Tests the converter: real on-disk formats in, the same numbers out, and one clear line when something is wrong."""
 
 import json
 import re
@@ -192,6 +192,31 @@ def test_without_unused_entries_rows_are_appended_at_the_mean(tmp_path, run):
     assert torch.equal(table[:vocab_size], source)
     torch.testing.assert_close(table[vocab_size:], source.mean(0).expand(len(table) - vocab_size, -1))
     assert model.lm_head.weight is table
+
+
+def test_rows_that_no_token_has_are_never_sampled(tmp_path, run):
+    vocab_size = len(make_tokenizer(num_unused=0))
+    config = Gemma2Config(**{**TEXT_CONFIGS["gemma2"].to_dict(), "vocab_size": vocab_size})
+    assert run("--dtype", "float32", gemma=make_gemma(tmp_path / "gemma", config, num_unused=0))[0] == 0
+    model = AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:vocab_size] /= 1000  # all that is likely is what was appended
+        sampled = model.generate(torch.full((8, 2), 20), do_sample=True, top_k=0, max_new_tokens=32, eos_token_id=[])
+    assert model.config.text_config.vocab_size > vocab_size + 4
+    assert sampled.max() < vocab_size
+
+
+def test_an_entry_beyond_the_table_appends_no_rows(tmp_path, run):
+    """Gemma 3 1B's tokenizer has 262145 entries for an embedding of 262144 rows."""
+    vocab_size = len(make_tokenizer()) - 1
+    config = Gemma2Config(**{**TEXT_CONFIGS["gemma2"].to_dict(), "vocab_size": vocab_size})
+    gemma = make_gemma(tmp_path / "gemma", config)
+    assert run("--dtype", "float32", gemma=gemma)[0] == 0
+    model = AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    source = load_file(gemma / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(model.get_input_embeddings().weight, source)
+    assert (model.config.image_token_id, model.config.video_token_id) == (7, 10)
+    assert model.generation_config.suppress_tokens == [7, 8, 9, 10]
 
 
 def test_a_table_with_room_keeps_its_size(tmp_path, run):
