@@ -93,6 +93,7 @@ MODEL_FILES = (
     "versions_theworld.py",
     "videos_theworld.py",
 )
+KEPT_VISION = "Gemma 3's own vision is kept: images also pass through its SigLIP tower, {} tokens each."
 HERE = Path(__file__).parent
 
 
@@ -476,6 +477,7 @@ def write_card(folder: Path, vae: Source, gemma: Source, config: TheWorldConfig,
     )
     square = f"{config.patch_size}x{config.patch_size} pixels"
     unit = "channel of the latent" if config.token_layout == "channel" else square
+    beside = f"{KEPT_VISION.format(config.mm_tokens_per_image)}\n" if config.vision_config is not None else ""
     content = f"""---
 {data.to_yaml()}
 ---
@@ -483,7 +485,7 @@ def write_card(folder: Path, vae: Source, gemma: Source, config: TheWorldConfig,
 # {title}
 
 TheWorld: the latent of an image, one token for each {unit}, read by Gemma.
-Converted with `convert_weights.py` from
+{beside}Converted with `convert_weights.py` from
 
 {origins}
 

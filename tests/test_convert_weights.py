@@ -376,6 +376,12 @@ def test_the_card_says_what_a_token_stands_for(convert, options, unit):
     assert f"one token for each {unit}" in (convert("gemma2", *options) / "README.md").read_text()
 
 
+def test_the_card_says_whether_vision_was_kept(convert, convert_whole):
+    kept = "Gemma 3's own vision is kept: images also pass through its SigLIP tower, 64 tokens each."
+    assert kept in (convert_whole() / "README.md").read_text()
+    assert "SigLIP" not in (convert("gemma2") / "README.md").read_text()
+
+
 def test_push_to_hub_uploads_the_finished_folder(run, tmp_path, monkeypatch):
     calls = []
 
