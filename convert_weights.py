@@ -594,6 +594,13 @@ def convert(
         return report
 
 
+def check_not_public(repo: str) -> None:
+    """Raises a `CheckpointError` if `repo` is there already and public: the Hub would leave it so."""
+    api = HfApi()
+    if api.repo_exists(repo) and not api.model_info(repo).private:
+        raise CheckpointError(f"{repo} is a public repo already. Make it private on the Hub, or leave --private out.")
+
+
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Join a Wan VAE and a Gemma into a TheWorld checkpoint.")
     add = parser.add_argument
@@ -623,6 +630,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     add("--dtype", choices=list(DTYPES), default="bfloat16", help="of the written weights (%(default)s)")
     add("--push-to-hub", metavar="ORG/NAME", help="upload the finished folder to this Hub repo")
+    add("--private", action="store_true", help="with --push-to-hub: create the repo as a private one")
     add("--overwrite", action="store_true", help="replace what --output holds")
     add(
         "--verify",
@@ -635,6 +643,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--vae, --gemma and --output are required, but for --verify")
     if args.verify is not None and (args.vae is None) != (args.gemma is None):
         parser.error("--verify compares with both --vae and --gemma, or with neither")
+    if args.private and args.push_to_hub is None:
+        parser.error("--private is for the repo that --push-to-hub names")
     return args
 
 
@@ -646,6 +656,8 @@ def main(arguments: list[str] | None = None) -> int:
         if args.verify is not None:
             print(verify_conversion(args.verify, vae, gemma))
             return 0
+        if args.private:
+            check_not_public(args.push_to_hub)
         report = convert(
             vae,
             gemma,
@@ -665,7 +677,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(report)
         if args.push_to_hub:
             api = HfApi()
-            api.create_repo(args.push_to_hub, exist_ok=True)
+            api.create_repo(args.push_to_hub, private=args.private or None, exist_ok=True)
             api.upload_folder(repo_id=args.push_to_hub, folder_path=args.output)
     except (ValueError, OSError, SafetensorError, StrictDataclassError) as error:
         print("convert_weights.py: error:", " ".join(str(error).split()), file=sys.stderr)

@@ -24,6 +24,7 @@ class Repo:
     """Commits in their order, each the whole tree: file contents by path."""
 
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    private: bool = False
 
     def commit(self, tree: dict[str, bytes]) -> str:
         oids = sorted((path, git_oid(content)) for path, content in tree.items())
@@ -168,7 +169,7 @@ class HubHandler(BaseHTTPRequestHandler):
         url = f"{self.server_hub.address}/{name}"
         if name in self.server_hub.repos:
             return self.send_json({"error": "You already created this model repo", "url": url}, status=409)
-        repo = self.server_hub.repos[name] = Repo()
+        repo = self.server_hub.repos[name] = Repo(private=wanted.get("visibility") == "private")
         repo.commit({".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"})
         self.send_json({"url": url, "name": name})
 
@@ -230,8 +231,10 @@ class HubHandler(BaseHTTPRequestHandler):
     def model_info(self, name: str, revision: str | None):
         if found := self.find(name, revision):
             commit, tree = found
+            names = dict.fromkeys(("_id", "id", "modelId"), name)
             siblings = [{"rfilename": path} for path in tree]
-            self.send_json({"_id": name, "id": name, "modelId": name, "sha": commit, "siblings": siblings, "tags": []})
+            private = self.server_hub.repos[name].private
+            self.send_json({**names, "sha": commit, "siblings": siblings, "tags": [], "private": private})
 
     def tree(self, name: str, revision: str, folder: str | None):
         if not (found := self.find(name, revision)):

@@ -382,19 +382,25 @@ def test_the_card_says_whether_vision_was_kept(convert, convert_whole):
     assert "SigLIP" not in (convert("gemma2") / "README.md").read_text()
 
 
+def test_private_needs_a_repo(run, capsys):
+    with pytest.raises(SystemExit):
+        run("--private")
+    assert "--private is for the repo that --push-to-hub names" in capsys.readouterr().err
+
+
 def test_push_to_hub_uploads_the_finished_folder(run, tmp_path, monkeypatch):
     calls = []
 
     class FakeApi:
-        def create_repo(self, repo_id, exist_ok):
-            calls.append(("create", repo_id, exist_ok))
+        def create_repo(self, repo_id, private, exist_ok):
+            calls.append(("create", repo_id, private, exist_ok))
 
         def upload_folder(self, repo_id, folder_path):
             calls.append(("upload", repo_id, sorted(path.name for path in Path(folder_path).iterdir())))
 
     monkeypatch.setattr(convert_weights, "HfApi", FakeApi)
     assert run("--push-to-hub", "org/theworld")[0] == 0
-    assert calls[0] == ("create", "org/theworld", True)
+    assert calls[0] == ("create", "org/theworld", None, True)
     assert calls[1] == ("upload", "org/theworld", sorted(path.name for path in (tmp_path / "out").iterdir()))
     assert 'from_pretrained("org/theworld"' in (tmp_path / "out" / "README.md").read_text()
 

@@ -1,4 +1,4 @@
-"""Pins the Hub: pushed, loaded by name and commit, offline, with changed code, over broken connections."""
+"""Tests the Hub: pushed, loaded by name and commit, offline, with changed code, over broken connections."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from fresh import run_fresh
-from hub import Hub
+from hub import Hub, Repo
 from huggingface_hub.constants import DOWNLOAD_CHUNK_SIZE
 from test_user_route import MODEL_FILES
 from transformers import AutoModel
@@ -179,6 +179,7 @@ for folder, name in zip(sys.argv[1::2], sys.argv[2::2]):
     options = ["--image-size", "64", "--output", tmp_path / "converted", "--push-to-hub", "org/converted"]
     run_fresh(ROOT / "convert_weights.py", *convert, *options, cache=tmp_path / "converter")
 
+    assert not hub.repos["org/converted"].private
     pushed = hub.repos["org/converted"].commits[hub.repos["org/converted"].resolve("main")]
     written = {
         path.relative_to(tmp_path / "converted").as_posix(): path.read_bytes()
@@ -189,6 +190,24 @@ for folder, name in zip(sys.argv[1::2], sys.argv[2::2]):
     assert vae_commit.encode() in pushed["README.md"]
     answer = run_fresh("-c", ASK, "org/converted", PICTURE, "main", cache=tmp_path / "user")
     assert answer.strip().endswith("first")
+
+
+def test_a_private_push_makes_a_private_repo(hub, sources, tmp_path):
+    paths = ("--vae", sources / "pipeline", "--gemma", sources / "gemma2", "--output", tmp_path / "converted")
+    options = ("--image-size", "64", "--push-to-hub", "org/secret", "--private")
+    run_fresh(ROOT / "convert_weights.py", *paths, *options, cache=tmp_path / "converter")
+    assert hub.repos["org/secret"].private and "config.json" in list(hub.repos["org/secret"].commits.values())[-1]
+
+
+def test_a_private_push_to_a_public_repo_is_refused(hub, sources, tmp_path):
+    hub.repos["org/public"] = Repo()
+    commit = hub.repos["org/public"].commit({})
+    paths = ("--vae", sources / "pipeline", "--gemma", sources / "gemma2", "--output", tmp_path / "converted")
+    command = [sys.executable, ROOT / "convert_weights.py", *paths, "--push-to-hub", "org/public", "--private"]
+    finished = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert finished.returncode == 1
+    assert "org/public is a public repo already. Make it private on the Hub" in finished.stderr
+    assert not (tmp_path / "converted").exists() and list(hub.repos["org/public"].commits) == [commit]
 
 
 def test_a_pushed_model_leaves_the_repos_processor(hub, tmp_path):
