@@ -25,6 +25,27 @@ def check_text(text: str | list[str] | None) -> None:
         raise ValueError("`text` is an empty list. Give a prompt or more.")
 
 
+def check_conversation(conversation: list[dict] | list[list[dict]]) -> None:
+    """Raises a `ValueError` for what transformers reads before the chat template could refuse it."""
+    batched = isinstance(conversation, list | tuple) and conversation and isinstance(conversation[0], list | tuple)
+    for messages in conversation if batched else [conversation]:
+        if not messages or isinstance(messages, str | dict):
+            raise ValueError(
+                "A conversation must be a list of one message or more, {'role': ..., 'content': ...}, got "
+                f"{messages!r:.60}."
+            )
+        for message in messages if isinstance(messages, list | tuple) else []:
+            if not isinstance(message, dict):
+                raise ValueError(f"A message must be {{'role': ..., 'content': ...}}, got {message!r:.60}.")
+            parts = message.get("content")
+            for part in parts if isinstance(parts, list | tuple) else []:
+                if not isinstance(part, dict) or "type" not in part:
+                    raise ValueError(
+                        "A part of a message must have a type, as {'type': 'text', 'text': ...} or {'type': 'image', "
+                        f"'image': ...}}, got {part!r:.60}."
+                    )
+
+
 def check_prompts(
     input_ids: torch.Tensor | None,
     inputs_embeds: torch.Tensor | None,

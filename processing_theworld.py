@@ -24,7 +24,7 @@ from transformers.processing_utils import ImagesKwargs, MultiModalData, Processi
 from transformers.utils import PROCESSOR_NAME
 from transformers.video_utils import VideoInput, VideoMetadataType
 
-from .checks_theworld import check_text
+from .checks_theworld import check_conversation, check_text
 from .images_theworld import read_images
 from .padding_theworld import without_shared_settings
 from .videos_theworld import count_videos_by_prompt, fill_up, flatten_metadata, flatten_videos, read_video
@@ -298,9 +298,11 @@ class TheWorldProcessor(ProcessorMixin):
         As transformers' own.
 
         Raises:
-            ValueError: If the template does not take the conversation: its turns do not alternate, or a text in it
-                holds a token that stands for an image or a video, which nobody who types in a chat is to write.
+            ValueError: If the template does not take the conversation: it is empty, its turns do not alternate, a part
+                of a message has no type, a content or text is no text, or a text holds a token that stands for an
+                image or a video, which nobody who types in a chat is to write.
         """
+        check_conversation(conversation)
         try:
             return super().apply_chat_template(conversation, *args, **kwargs)
         except TemplateError as error:

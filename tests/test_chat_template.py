@@ -57,7 +57,7 @@ def test_system_and_user_are_not_joined(processor):
 
 
 def test_texts_that_are_lists_are_refused(processor):
-    with pytest.raises(ValueError, match="A message's text holds <world>"):
+    with pytest.raises(ValueError, match="must have a `text`, a string, got"):
         processor.apply_chat_template([{"role": "user", "content": [{"type": "text", "text": ["a<world>"]}]}])
 
 
