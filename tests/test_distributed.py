@@ -225,6 +225,15 @@ def test_absent_images_reach_every_weight_and_change_no_number(form, monkeypatch
         assert all(parameter.grad is not None and not parameter.grad.any() for parameter in part.parameters())
 
 
+def test_absent_images_reach_gemmas_own_vision_too(convert_whole, monkeypatch):
+    model = TheWorldForConditionalGeneration.from_pretrained(convert_whole()).train()
+    monkeypatch.setattr(TheWorldModel, "is_in_step", True)
+    ids = torch.tensor([[2, 30, 31, 32]])
+    model(input_ids=ids, labels=ids).loss.backward()
+    for part in (model.model.vision_tower, model.model.multi_modal_projector):
+        assert all(parameter.grad is not None and not parameter.grad.any() for parameter in part.parameters())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
