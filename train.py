@@ -292,7 +292,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Arguments, SFTC
     config.dataset_kwargs = {"skip_prepare_dataset": True}
     config.remove_unused_columns = False
     if args.tp_size > 1:
-        config.parallelism_config = ParallelismOnCpu(tp_size=args.tp_size, dp_shard_size=args.fsdp_size)
+        config.parallelism_config = ParallelismOnCpu(tp_size=args.tp_size)
     config.resume_from_checkpoint = find_checkpoint(config)
     if args.num_shards > 1:
         config.save_only_model = True  # transformers has no other checkpoints of a model that processes share
@@ -328,6 +328,11 @@ def check_shares(args: Arguments, config: SFTConfig) -> None:
             f"--fsdp_size and --tp_size need transformers 5.23 or later, and {transformers.__version__} is installed. "
             "Upgrade it, or give each process the whole model with `accelerate launch`."
         )
+    if args.fsdp_size > 1 and args.tp_size > 1:
+        raise ValueError(
+            f"--fsdp_size {args.fsdp_size} and --tp_size {args.tp_size} cannot be combined: the weight that head "
+            "and embeddings have in common cannot be shared out both ways. Choose one of them."
+        )
     if args.trains_adapter:
         raise ValueError(
             f"--train {args.train} trains an adapter, which --fsdp_size and --tp_size cannot share out. Leave them "
@@ -341,7 +346,7 @@ def check_shares(args: Arguments, config: SFTConfig) -> None:
         )
     if args.num_shards != (processes := int(os.environ.get("WORLD_SIZE", 1))):
         raise ValueError(
-            f"--fsdp_size {args.fsdp_size} times --tp_size {args.tp_size} need {args.num_shards} processes, got "
+            f"--fsdp_size {args.fsdp_size} with --tp_size {args.tp_size} needs {args.num_shards} processes, got "
             f"{processes}. Start them with `torchrun --nproc-per-node {args.num_shards} train.py ...`."
         )
 

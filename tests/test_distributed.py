@@ -240,10 +240,8 @@ def test_absent_images_reach_gemmas_own_vision_too(convert_whole, monkeypatch):
         ({"fsdp_size": 2, "train": "lora"}, "--train lora trains an adapter, which --fsdp_size and --tp_size cannot"),
         ({"tp_size": 2, "train": "projection"}, "--train projection trains an adapter, .* choose --train language"),
         ({"fsdp_size": 2, "train": "all", "resume_from_checkpoint": True}, "Leave out --resume_from_checkpoint"),
-        (
-            {"fsdp_size": 3, "tp_size": 2, "train": "all"},
-            "3 times --tp_size 2 need 6 processes, got 1. Start",
-        ),
+        ({"fsdp_size": 2, "tp_size": 2, "train": "all"}, "--fsdp_size 2 and --tp_size 2 cannot be combined"),
+        ({"fsdp_size": 3, "train": "all"}, "--fsdp_size 3 with --tp_size 1 needs 3 processes, got 1. Start them"),
     ],
 )
 def test_what_processes_with_a_share_each_cannot_do_is_refused(options, message, monkeypatch, tmp_path):
