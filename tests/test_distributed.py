@@ -146,7 +146,7 @@ def test_what_two_processes_save_is_an_ordinary_checkpoint(pattern, rows, traine
     version.parse(transformers.__version__) < version.parse("5.20"),
     reason="transformers 5.17 loads the optimizer of several processes on CPUs to `cpu:0`, which torch does not know",
 )
-def test_two_processes_resume_with_the_losses_of_an_uninterrupted_run(start, trained, tmp_path):
+def test_two_processes_resume_as_an_uninterrupted_run(start, trained, tmp_path):
     command = command_of("--num_processes 2")
     whole, folder = trained(command, 2), make_folder(tmp_path)
     shutil.copytree(whole / "checkpoint-10", folder / "tuned" / "checkpoint-10")
@@ -244,7 +244,7 @@ def test_absent_images_reach_gemmas_own_vision_too(convert_whole, monkeypatch):
         ({"fsdp_size": 3, "train": "all"}, "--fsdp_size 3 with --tp_size 1 needs 3 processes, got 1. Start them"),
     ],
 )
-def test_what_processes_with_a_share_each_cannot_do_is_refused(options, message, monkeypatch, tmp_path):
+def test_what_a_sharded_run_cannot_do_is_refused(options, message, monkeypatch, tmp_path):
     monkeypatch.setattr(transformers, "__version__", "5.23.0")
     (tmp_path / "checkpoint-1").mkdir()
     (tmp_path / "checkpoint-1" / "trainer_state.json").touch()
