@@ -8,6 +8,8 @@ A web page to ask the model in this folder about pictures; Spaces looks for a fi
 It answers on the loopback only, unless `GRADIO_SERVER_NAME` says otherwise, as it does on Spaces.
 """
 
+import json
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -18,14 +20,15 @@ from random import randrange
 from tempfile import TemporaryDirectory
 from threading import Event
 from time import perf_counter
+from typing import Any
 
 import gradio as gr
 import torch
 from PIL import Image
-from starlette.datastructures import Headers
 from starlette.middleware import Middleware
-from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from transformers import AutoModel, AutoProcessor, BatchFeature, TextIteratorStreamer
 
 from demo import BUNDLED
@@ -42,6 +45,9 @@ MAX_WAITING = 64
 MAX_KEPT = 100
 KEPT_SECONDS = 3600
 Image.MAX_IMAGE_PIXELS = 2**24
+# The page's own folder for what is uploaded or drawn here. Gradio gives each file a name that nobody else can guess.
+uploads = TemporaryDirectory(prefix="theworld-", dir=os.environ.get("GRADIO_TEMP_DIR"))
+UPLOADS = os.environ["GRADIO_TEMP_DIR"] = os.path.realpath(uploads.name)
 CSS = ".gradio-container {max-width: 1180px !important} #picture img {width: 100%; height: 100%; object-fit: contain}"
 
 # Eager attention gives the weights for the overlay; set here, because all who ask share the model.
@@ -75,19 +81,80 @@ class Conversation:
         return messages
 
 
-class SizeLimit:
-    """Refuses a request whose body is larger than `MAX_BYTES`, however many files it has, or of unknown size."""
+def is_uploaded(path: Any) -> bool:
+    """Whether a client names a file of `UPLOADS`, in the one way in which Gradio names it to clients."""
+    return (
+        isinstance(path, str)
+        and "\0" not in path
+        and path.startswith(UPLOADS + os.sep)
+        and os.path.realpath(path) == path
+    )
+
+
+def paths_in(value: Any) -> Iterator[Any]:
+    """What a request's JSON gives as the path of a file, however deep in it."""
+    if isinstance(value, dict) and value.get("path") is not None:
+        yield value["path"]
+    if isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from paths_in(each)
+
+
+class Gate:
+    """
+    Refuses requests before Gradio reads them: those larger than `MAX_BYTES`, however many files they have, or of
+    unknown size, and those that name a file which was not uploaded here. Gradio itself checks the paths only in
+    payloads that carry its own mark, and fetches URLs that are given as paths.
+    """
 
     def __init__(self, app: ASGIApp):
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        app = self.app
-        if scope["type"] == "http" and scope["method"] == "POST":
-            length = Headers(scope=scope).get("content-length", "")
-            if not length.isdigit() or int(length) > MAX_BYTES:
-                app = PlainTextResponse(f"A request may have {MAX_BYTES:,} bytes.", status_code=413)
-        await app(scope, receive, send)
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        request = Request(scope, receive)
+        refused = refuse_size(request) if request.method == "POST" else refuse_download(scope["path"])
+        if not refused and request.method == "POST" and not scope["path"].rstrip("/").endswith("/gradio_api/upload"):
+            try:
+                body = await request.body()
+            except ClientDisconnect:
+                return
+            refused, receive = refuse_paths(body), replay(body, receive)
+        await (refused or self.app)(scope, receive, send)
+
+
+def refuse_size(request: Request) -> Response | None:
+    length = request.headers.get("content-length", "")
+    if not length.isdigit() or int(length) > MAX_BYTES:
+        return PlainTextResponse(f"A request may have {MAX_BYTES:,} bytes.", status_code=413)
+
+
+def refuse_download(path: str) -> Response | None:
+    _, asked, file = path.partition("/gradio_api/file=")
+    if asked and not is_uploaded(file):
+        return PlainTextResponse("Only files that were uploaded here are served.", status_code=403)
+
+
+def refuse_paths(body: bytes) -> Response | None:
+    try:
+        paths = list(paths_in(json.loads(body or "{}")))
+    except (ValueError, RecursionError):
+        return PlainTextResponse("A request must be JSON.", status_code=400)
+    if not all(map(is_uploaded, paths)):
+        return PlainTextResponse(
+            "A file's path must be one that `/gradio_api/upload` answered. Upload the file first.", status_code=403
+        )
+
+
+def replay(body: bytes, receive: Receive) -> Receive:
+    """Gives a body that was read already, and then what else comes."""
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive_again() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return receive_again
 
 
 class TimedStreamer(TextIteratorStreamer):
@@ -269,5 +336,5 @@ if __name__ == "__main__":
         max_file_size=MAX_BYTES,
         state_session_capacity=MAX_KEPT,
         css=CSS,
-        app_kwargs={"middleware": [Middleware(SizeLimit)]},
+        app_kwargs={"middleware": [Middleware(Gate)]},
     )

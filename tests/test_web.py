@@ -1,6 +1,7 @@
 """Pins app.py (`make test-web`): in a browser, it answers about scenes and uploads, with world tokens and without."""
 
 import http.client
+import json
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import load
 import pytest
 from PIL import Image
@@ -247,6 +249,38 @@ def test_many_mixed_requests_some_broken_off(server, tmp_path):
     assert report["tried"] == report["held"], report["wrong"]
     assert min(report["answered"], report[load.REFUSED], report[load.BROKEN_OFF]) > 0
     assert report["growth"] < 1.1  # so early; `make reliability` holds it to 1.05
+
+
+def post(address: str, route: str, **options) -> httpx.Response:
+    return httpx.post(f"{address}/gradio_api/{route}", timeout=60, **options)
+
+
+def upload(address: str, file: Path) -> str:
+    """The path that the server gives a file."""
+    return post(address, "upload", files={"files": (file.name, file.read_bytes())}).json()[0]
+
+
+@pytest.mark.parametrize("route", ["call/ask", "call/v2/ask", "run/ask", "queue/join"])
+def test_no_route_reads_a_file_that_was_not_uploaded(address, tmp_path, route):
+    secret = tmp_path / "secret.png"
+    draw_scene(SPLITS["test"][2]).image.save(secret)
+    uploaded = upload(address, ROOT / "assets" / "scene.png")
+    paths = [str(secret), f"{Path(uploaded).parent}/../..{secret}", f"http://127.0.0.1/../../{uploaded}", [uploaded]]
+    files = [{"path": path} for path in paths] + [{"value": {"path": str(secret)}}]
+    files += [{"path": str(secret), "meta": {"_type": kind}} for kind in ("gradio.FileData", "other")]
+    for file in files:
+        for data in ([file, "What is it?", False], [None, file, False], [None, "What is it?", [file]]):
+            bodies = [{"data": data}]
+            if route == "call/v2/ask":
+                bodies = [dict(zip(("picture", "question", "compare"), data, strict=True))]
+            elif route == "queue/join":
+                bodies = [{"data": data, "fn_index": index, "session_hash": "mine"} for index in range(8)]
+            for body in bodies:
+                refused = post(address, route, json=body)
+                assert refused.status_code == 403, (body, refused.text)
+                assert refused.text.startswith("A file's path must be one that `/gradio_api/upload` answered")
+    disguised = {"content": json.dumps({"data": data}), "headers": {"Content-Type": "application/json; form-data"}}
+    assert post(address, route, **disguised).status_code == 403
 
 
 @pytest.mark.parametrize("path", ["/etc/hostname", str(ROOT / "app.py"), "app.py", "../../../etc/hostname"])
