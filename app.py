@@ -10,7 +10,7 @@ It answers on the loopback only, unless `GRADIO_SERVER_NAME` says otherwise, as 
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
@@ -24,6 +24,7 @@ from typing import Any
 
 import gradio as gr
 import torch
+from gradio.data_classes import ImageData
 from PIL import Image
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
@@ -34,6 +35,7 @@ from transformers import AutoModel, AutoProcessor, BatchFeature, TextIteratorStr
 from demo import BUNDLED
 from look import attention_to_world, heat
 from recipe.scenes import SPLITS, draw_scene
+from theworld.images_theworld import read_image
 
 
 # What one who asks may use of the machine: a request with the files in it, a picture, a question, an answer's time;
@@ -48,6 +50,9 @@ Image.MAX_IMAGE_PIXELS = 2**24
 # The page's own folder for what is uploaded or drawn here. Gradio gives each file a name that nobody else can guess.
 uploads = TemporaryDirectory(prefix="theworld-", dir=os.environ.get("GRADIO_TEMP_DIR"))
 UPLOADS = os.environ["GRADIO_TEMP_DIR"] = os.path.realpath(uploads.name)
+NOT_CHANGED = ""  # in place of a picture's path
+# The only endpoints of Gradio that take something from the page or from a client.
+ENDPOINTS = ("upload", "queue/join", "call/ask", "call/v2/ask", "cancel", "reset")
 CSS = ".gradio-container {max-width: 1180px !important} #picture img {width: 100%; height: 100%; object-fit: contain}"
 
 # Eager attention gives the weights for the overlay; set here, because all who ask share the model.
@@ -66,7 +71,7 @@ class Turn:
 
 @dataclass
 class Conversation:
-    """The turns about a picture of this sum. Its `latents` [1, z, h, w] come with the first, and serve all of them."""
+    """The finished turns about a picture of this identity, whose `latents` [1, z, h, w] serve all of them."""
 
     picture: str | None = None
     latents: torch.Tensor | None = None
@@ -102,9 +107,9 @@ def paths_in(value: Any) -> Iterator[Any]:
 
 class Gate:
     """
-    Refuses requests before Gradio reads them: those larger than `MAX_BYTES`, however many files they have, or of
-    unknown size, and those that name a file which was not uploaded here. Gradio itself checks the paths only in
-    payloads that carry its own mark, and fetches URLs that are given as paths.
+    Refuses requests before Gradio reads them: to endpoints that the page does not need; larger than `MAX_BYTES`,
+    however many files they have, or of unknown size; and those that name a file which was not uploaded here. Gradio
+    itself checks the paths only in payloads that carry its own mark, and fetches URLs that are given as paths.
     """
 
     def __init__(self, app: ASGIApp):
@@ -113,9 +118,10 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        request = Request(scope, receive)
-        refused = refuse_size(request) if request.method == "POST" else refuse_download(scope["path"])
-        if not refused and request.method == "POST" and not scope["path"].rstrip("/").endswith("/gradio_api/upload"):
+        request, endpoint = Request(scope, receive), scope["path"].rstrip("/").partition("/gradio_api/")[2]
+        if request.method != "POST":
+            refused = refuse_download(endpoint)
+        elif not (refused := refuse_post(request, endpoint)) and endpoint != "upload":
             try:
                 body = await request.body()
             except ClientDisconnect:
@@ -124,15 +130,16 @@ class Gate:
         await (refused or self.app)(scope, receive, send)
 
 
-def refuse_size(request: Request) -> Response | None:
+def refuse_post(request: Request, endpoint: str) -> Response | None:
     length = request.headers.get("content-length", "")
+    if endpoint not in ENDPOINTS:
+        return PlainTextResponse("This page has no such endpoint.", status_code=404)
     if not length.isdigit() or int(length) > MAX_BYTES:
         return PlainTextResponse(f"A request may have {MAX_BYTES:,} bytes.", status_code=413)
 
 
-def refuse_download(path: str) -> Response | None:
-    _, asked, file = path.partition("/gradio_api/file=")
-    if asked and not is_uploaded(file):
+def refuse_download(endpoint: str) -> Response | None:
+    if endpoint.startswith("file=") and not is_uploaded(endpoint.removeprefix("file=")):
         return PlainTextResponse("Only files that were uploaded here are served.", status_code=403)
 
 
@@ -155,6 +162,29 @@ def replay(body: bytes, receive: Receive) -> Receive:
         return messages.pop() if messages else await receive()
 
     return receive_again
+
+
+@dataclass
+class Scene:
+    """A drawn picture's identity, and the right answers to its own questions."""
+
+    picture: str
+    answers: dict[str, str]
+
+
+class Answering:
+    """An answer that goes on until it is `stopped`, and then is `ended`."""
+
+    def __init__(self):
+        self.stopped, self.ended = Event(), Event()
+
+
+@dataclass
+class Visit:
+    """The picture that somebody's page shows since it was changed, and the answer that is on its way to the page."""
+
+    file: str | None = NOT_CHANGED
+    answering: Answering | None = None
 
 
 class TimedStreamer(TextIteratorStreamer):
@@ -204,39 +234,81 @@ def make_inputs(messages: list[dict], question: str, latents: torch.Tensor | Non
 
 
 def stream(inputs: BatchFeature) -> Iterator[tuple[str, TimedStreamer]]:
-    """Yields the answer so far, and its times, at each piece; raises what `generate` does."""
+    """Yields the answer so far, and its times, at each piece and at the end; raises what `generate` does."""
     streamer, gone, answer = TimedStreamer(), Event(), ""
     options = {"streamer": streamer, "max_time": MAX_SECONDS, "stopping_criteria": [lambda *_: gone.is_set()]}
     with ThreadPoolExecutor(1) as pool:
         answering = pool.submit(model.generate, **inputs, **options)
         answering.add_done_callback(lambda _: streamer.end())
         try:
-            for piece in streamer:
+            for piece in filter(None, streamer):
                 answer += piece
                 yield answer.strip(), streamer
         finally:  # also when who asked has left
             gone.set()
     answering.result()
+    yield answer.strip(), streamer
 
 
-def ask(picture: Image.Image | None, question: str, compare: bool, talk: Conversation, right: dict[str, str]):
-    """Answers with world tokens, then, to compare, without; yields what the page shows as it comes."""
-    if picture is None or not question.strip():
-        raise gr.Error("Give a picture and a question.", print_exception=False)
-    if len(question) > MAX_CHARACTERS:
-        raise gr.Error(f"Ask in {MAX_CHARACTERS} characters; this has {len(question)}.", print_exception=False)
+class Picture(gr.Image):
+    """Gives the uploaded file itself: Gradio's own reading makes what is transparent black, and cuts 16 bits off."""
+
+    is_template = True  # it is drawn as its base class
+
+    def preprocess(self, payload: ImageData | None) -> str | None:
+        return payload.path if payload else None
+
+
+def read_picture(file: str) -> Image.Image:
+    """As `read_image`, but names an uploaded file as its owner did."""
+    name = Path(file).name
+    if not Path(file).is_file():
+        raise ValueError(f"{name!r} is no longer kept here. Give the picture again.")
     try:
-        yield from answer(picture, question.strip(), compare, talk, right)
+        return read_image(file)
     except ValueError as error:
-        raise gr.Error(escape(str(error)), print_exception=False) from error
+        raise ValueError(str(error).replace(file, name).replace(f"{file[:50]}...", name)) from None
 
 
-def answer(picture: Image.Image, question: str, compare: bool, talk: Conversation, right: dict[str, str]):
+def identity(picture: Image.Image) -> str:
+    """What pictures of the same pixels, mode and shape share."""
+    return sha256(f"{picture.mode} {picture.size} ".encode() + picture.tobytes()).hexdigest()
+
+
+def ask(file: str | None, question: str, compare: bool, talk: Conversation, scene: Scene) -> Iterator[tuple]:
+    """
+    Answers about an uploaded picture with world tokens, then, if `compare`, without.
+
+    Args:
+        file: The picture.
+        question: What is asked about it.
+        compare: Whether to answer without world tokens, too.
+        talk: The session's conversation. It goes on if the picture is the same, and begins anew if not.
+        scene: The scene that the page drew last.
+
+    Yields:
+        What `shown` returns, as it comes.
+
+    Raises:
+        gr.Error: If there is no picture or question, or one that the reader, the processor or the model refuses; the
+            conversation is then as it was.
+    """
+    try:
+        if file is None or not question or not question.strip():
+            raise ValueError("Give a picture and a question.")
+        if len(question) > MAX_CHARACTERS:
+            raise ValueError(f"Ask in {MAX_CHARACTERS} characters; this has {len(question)}.")
+        yield from answer(read_picture(file), question.strip(), compare, talk, scene)
+    except ValueError as error:
+        raise gr.Error(str(error), print_exception=False) from error
+
+
+def answer(picture: Image.Image, question: str, compare: bool, talk: Conversation, scene: Scene) -> Iterator[tuple]:
     """As `ask`; raises a `ValueError` for what the processor or the model cannot read."""
-    encoding = "the picture's latents kept"
-    if talk.picture != (sum_of_picture := sha256(picture.tobytes()).hexdigest()):
+    encoding, before = "the picture's latents kept", talk
+    if talk.picture != (asked := identity(picture)):
         started = perf_counter()
-        talk = Conversation(sum_of_picture, encode(picture))
+        before = talk = Conversation(asked, encode(picture))
         encoding = f"{(perf_counter() - started) * 1000:.0f} ms to encode the picture"
     inputs = make_inputs(talk.messages(), question, talk.latents)
     blind_inputs = make_inputs(talk.messages(blind=True), question, None)
@@ -245,42 +317,87 @@ def answer(picture: Image.Image, question: str, compare: bool, talk: Conversatio
 
     world_tokens = (inputs["input_ids"] == model.config.image_token_id).sum()
     note = f"{inputs['input_ids'].shape[1]} tokens in the prompt, {world_tokens} of them world tokens; {encoding}, "
-    expected = f"<br>The scene's own answer: **{right[question]}**" if question in right else ""
-    times = None
+    right = scene.answers.get(question) if asked == scene.picture else None
+    expected = f"<br>The scene's own answer: **{right}**" if right else ""
     for turn.answer, times in stream(inputs):
-        yield shown(talk, None, f"{note}{times}{expected}")
+        yield shown(talk, None, f"{note}{times}{expected}", kept=before)
     with TemporaryDirectory() as folder:
         # A file, which Gradio copies. A picture it would write over the same one, even while that is being served.
         overlay = Path(folder) / "look.png"
         heat(picture, attention_to_world(model, inputs)).save(overlay)
-        yield shown(talk, overlay, f"{note}{times}{expected}")
+        yield shown(talk, overlay, f"{note}{times}{expected}", kept=before if compare else talk)
         if compare:
             for turn.blind_answer, _ in stream(blind_inputs):
-                yield shown(talk, overlay, f"{note}{times}{expected}")
+                yield shown(talk, overlay, f"{note}{times}{expected}", kept=before)
+            yield shown(talk, overlay, f"{note}{times}{expected}", kept=talk)
 
 
-def shown(talk: Conversation, overlay: Path | None, note: str) -> tuple:
-    """The page's outputs, in the order of `outputs` below; the question's box is emptied."""
-    return talk, talk.messages(), talk.messages(blind=True), overlay, note, ""
+def shown(talk: Conversation, overlay: Path | None, note: str, kept: Conversation) -> tuple:
+    """The outputs of `ask`: the conversation to go on from, which has finished turns alone, and what is seen of it."""
+    return kept, talk.messages(), talk.messages(blind=True), overlay, note
 
 
-def draw(seed: int) -> tuple[Image.Image, dict[str, str]]:
-    """A scene, and the right answers to its own questions."""
+def ask_here(
+    file: str | None, question: str, compare: bool, talk: Conversation, scene: Scene, visit: Visit
+) -> Iterator[tuple]:
+    """`ask` for the page, which shows in words what is refused, and keeps the question to be mended."""
+    answering = visit.answering = Answering()
+    try:
+        if visit.file not in (NOT_CHANGED, file):
+            return  # it waited while another picture was given
+        for kept, messages, blind_messages, *others in ask(file, question, compare, talk, scene):
+            if answering.stopped.is_set():
+                return
+            yield kept, as_text(messages), as_text(blind_messages), *others, "", ""
+    except gr.Error as error:
+        chats = as_text(talk.messages()), as_text(talk.messages(blind=True))
+        hint = " Clearing a chat starts a new conversation." if talk.turns else ""
+        yield talk, *chats, gr.skip(), gr.skip(), refusal(error.message + hint), question
+    finally:
+        answering.ended.set()
+
+
+def start_again(file: str | None, visit: Visit) -> tuple:
+    """A new conversation for the page, and what the reader says of the picture if it cannot read it."""
+    visit.file = file
+    if visit.answering:
+        visit.answering.stopped.set()
+        visit.answering.ended.wait(MAX_SECONDS)  # or what it showed last would come after what is shown here
+    said = ""
+    try:
+        if file is not None:
+            read_picture(file)
+    except ValueError as error:
+        said = refusal(str(error))
+    return *shown(Conversation(), None, "", Conversation()), said, ""
+
+
+def as_text(messages: list[dict]) -> list[dict]:
+    """Messages for a chat on the page, which takes text for HTML even where it does not take it for Markdown."""
+    return [{**each, "content": escape(each["content"] or "(no words)", quote=False)} for each in messages]
+
+
+def refusal(text: str) -> str:
+    return f'<div role="alert">{escape(text)}</div>'
+
+
+def draw(seed: int) -> tuple[Image.Image, Scene]:
     scene = draw_scene(seed)
-    return scene.image, {question.text: question.answer for question in scene.questions}
+    return scene.image, Scene(identity(scene.image), {each.text: each.answer for each in scene.questions})
 
 
-def draw_another() -> tuple:
+def draw_another() -> tuple[Image.Image, Scene, gr.Dataset]:
     """A scene that the model was not trained on, for the page."""
-    picture, right = draw(randrange(SPLITS["test"].start, SPLITS["test"].stop))
-    return picture, right, samples(right)
+    picture, scene = draw(randrange(SPLITS["test"].start, SPLITS["test"].stop))
+    return picture, scene, samples(scene.answers)
 
 
-def samples(right: dict[str, str]) -> gr.Dataset:
-    return gr.Dataset(samples=[[question] for question in right], visible=bool(right))
+def samples(questions: Iterable[str]) -> gr.Dataset:
+    rows = [[question] for question in questions]
+    return gr.Dataset(samples=rows, visible=bool(rows))
 
 
-first_picture, first_right = draw(SPLITS["test"][0])  # the scene of assets/scene.png
+first_picture, first_scene = draw(SPLITS["test"][0])  # the scene of assets/scene.png
 with gr.Blocks(title="TheWorld", delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as page:
     gr.Markdown(
         "# TheWorld\nGemma reads pictures through the VAE encoder of the Cosmos world models. This small model was "
@@ -288,12 +405,12 @@ with gr.Blocks(title="TheWorld", delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as p
         "`demo.py` alone: of an animation, this page takes the first frame."
     )
     talk = gr.State(Conversation(), time_to_live=KEPT_SECONDS)
-    right = gr.State(first_right, time_to_live=KEPT_SECONDS)
+    scene = gr.State(first_scene, time_to_live=KEPT_SECONDS)
+    visit = gr.State(Visit(), time_to_live=KEPT_SECONDS)
     with gr.Row():
         with gr.Column(scale=2, min_width=260):
-            picture = gr.Image(
+            picture = Picture(
                 first_picture,
-                type="pil",
                 format="png",
                 label="Picture",
                 height=270,
@@ -301,40 +418,75 @@ with gr.Blocks(title="TheWorld", delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as p
                 elem_id="picture",
             )
             new_scene = gr.Button("Draw another scene")
-            overlay = gr.Image(label="What it looked at", height=270, interactive=False, elem_id="look")
+            overlay = gr.Image(
+                label="What it looked at",
+                height=270,
+                interactive=False,
+                elem_id="look",
+            )
         with gr.Column(scale=5):
             with gr.Row():
-                chat = gr.Chatbot(
-                    label="With world tokens", height=330, elem_id="with", buttons=[], feedback_options=None
-                )
-                blind_chat = gr.Chatbot(
-                    label="Without", height=330, elem_id="without", buttons=[], feedback_options=None
+                chat, blind_chat = (
+                    gr.Chatbot(
+                        label=label,
+                        height=330,
+                        buttons=[],
+                        feedback_options=None,
+                        render_markdown=False,
+                        latex_delimiters=[],
+                        elem_id=elem_id,
+                    )
+                    for label, elem_id in (("With world tokens", "with"), ("Without", "without"))
                 )
             compare = gr.Checkbox(True, label="Ask without world tokens too, to see what they are worth")
             with gr.Row():
                 question = gr.Textbox(
-                    show_label=False, placeholder="Ask about the picture", scale=5, elem_id="question"
+                    show_label=False,
+                    placeholder="Ask about the picture",
+                    scale=5,
+                    elem_id="question",
                 )
                 send = gr.Button("Ask", variant="primary", scale=1)
+            refused = gr.HTML(elem_id="refusal")
             questions = gr.Dataset(
-                components=[question], samples=[[text] for text in first_right], label="The scene's own questions"
+                components=[question],
+                samples=[[text] for text in first_scene.answers],
+                label="The scene's own questions",
             )
             note = gr.Markdown(elem_id="note")
 
-    compare.change(lambda on: gr.Chatbot(visible=on), compare, blind_chat)
-    questions.click(lambda sample: sample[0], questions, question)
-    new_scene.click(draw_another, None, [picture, right, questions])
-    picture.input(lambda: ({}, samples({})), None, [right, questions])
-    outputs = [talk, chat, blind_chat, overlay, note, question]
-    for start_again in (picture.change, chat.clear, blind_chat.clear):
-        start_again(lambda: shown(Conversation(), None, ""), None, outputs)
-    gr.on([send.click, question.submit], ask, [picture, question, compare, talk, right], outputs)
+    given, answered = [picture, question, compare, talk, scene], [talk, chat, blind_chat, overlay, note]
+    on_page = [*answered, refused, question]
+    gr.on([], ask, given, answered, api_name="ask", concurrency_id="model")
+    asking = gr.on(
+        [send.click, question.submit],
+        ask_here,
+        [*given, visit],
+        on_page,
+        api_visibility="private",
+        concurrency_id="model",
+    )
+    compare.change(None, compare, blind_chat, js="(on) => ({__type__: 'update', visible: on})")
+    questions.click(lambda sample: sample[0], questions, question, api_visibility="private")
+    new_scene.click(draw_another, None, [picture, scene, questions], api_visibility="private")
+    picture.input(lambda: samples({}), None, questions, api_visibility="private")
+    for start in (picture.change, chat.clear, blind_chat.clear):
+        start(
+            start_again,
+            [picture, visit],
+            on_page,
+            cancels=asking,  # takes it out of the queue; `start_again` ends it where it runs already
+            api_visibility="private",
+            concurrency_limit=4,
+        )
 
 
 if __name__ == "__main__":
     page.queue(max_size=MAX_WAITING).launch(
         max_file_size=MAX_BYTES,
         state_session_capacity=MAX_KEPT,
+        run_history=False,
+        enable_monitoring=False,
         css=CSS,
         app_kwargs={"middleware": [Middleware(Gate)]},
     )

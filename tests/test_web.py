@@ -6,20 +6,24 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
 import load
+import numpy as np
 import pytest
 from PIL import Image
 from test_vllm import free_port
 
 from recipe.scenes import SPLITS, draw_scene
+from theworld.images_theworld import read_image
 
 
 ROOT = Path(__file__).parent.parent
@@ -93,7 +97,7 @@ class Page:
     def __init__(self, browser, address: str):
         self.browser = browser
         browser.get(address)
-        wait_for(lambda: self.find("#question textarea, #question input"), "the page")
+        wait_for(lambda: self.find("#question textarea"), "the page")
         wait_for(lambda: self.find("#picture img"), "the first scene")
 
     def find_all(self, selector: str) -> list:
@@ -115,7 +119,7 @@ class Page:
     def ask(self, question: str, *, with_blind: bool = True) -> tuple[str, str | None]:
         """The finished answers, with world tokens and without."""
         before = len(self.answers("#with"))
-        box = wait_for(lambda: self.find("#question textarea, #question input"), "the box")
+        box = wait_for(lambda: self.find("#question textarea"), "the box")
         box.send_keys(question)
         self.click("Ask")
         wait_for(lambda: len(self.answers("#with")) == before + 1 and self.find("#look img"), "the answer")
@@ -158,7 +162,7 @@ def test_another_scene_brings_its_own_questions_and_a_new_conversation(page):
     wait_for(lambda: page.own_questions() not in ([], before) and not page.answers("#with"), "another scene")
     question = page.own_questions()[0]
     page.click(question)
-    wait_for(lambda: page.find("#question textarea, #question input").get_attribute("value") == question, "its text")
+    wait_for(lambda: page.find("#question textarea").get_attribute("value") == question, "its text")
     answer, _ = page.ask("")
     assert f"The scene's own answer: {answer}" in page.text("#note")
 
@@ -193,13 +197,74 @@ def test_a_picture_of_ones_own(page, tmp_path):
     assert "own answer" not in page.text("#note")
 
 
-def test_what_it_cannot_read_is_said(page):
-    box = page.find("#question textarea, #question input")
-    box.send_keys("<world>What is this?")
+def test_what_it_cannot_read_is_said_and_may_be_mended(page):
+    page.ask(QUESTION)
+    box = page.find("#question textarea")
+    box.send_keys("<world>How many circles are there?")
     page.click("Ask")
-    said = wait_for(lambda: page.find(".toast-body").text, "a message")
+    said = wait_for(lambda: page.find("[role=alert]").text, "a message")
     assert "text holds <world>, which stands for an image or a video. Give those as parts" in said
-    assert not page.answers("#with")
+    assert page.answers("#with") == ["right of"] and "Error" not in page.text("body")
+    assert box.get_attribute("value") == "<world>How many circles are there?"
+    box.clear()
+    assert page.ask("How many circles are there?")[0] == "2"
+    assert not page.find("[role=alert]") and len(page.answers("#with")) == 2
+
+
+def test_a_file_that_is_no_picture_is_named_at_once(page, tmp_path):
+    (tmp_path / "none.png").write_bytes(b"not an image")
+    page.find("#picture input[type=file]").send_keys(str(tmp_path / "none.png"))
+    for _ in ("when it is given", "when it is asked about"):
+        said = wait_for(lambda: page.find("[role=alert]").text, "a message")
+        assert said.startswith("'none.png' is no image that can be read")
+        assert "Error" not in page.text("body") and not page.find(".toast-body")
+        page.find("#question textarea").send_keys("What is it?")
+        page.click("Ask")
+        time.sleep(1)
+
+
+def test_questions_are_shown_as_the_text_they_are(page):
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_error(404)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as elsewhere:
+        threading.Thread(target=elsewhere.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{elsewhere.server_port}"
+        question = f"![]({url}/a.png) <img src={url}/b.png> <iframe src={url}/c></iframe> **is** 5 < 6 & &lt; $$x$$?"
+        page.ask(question)
+        for chat in ("#with", "#without"):
+            assert page.text(f"{chat} .user.message") == question
+            assert page.find(f"{chat} .user.message [aria-label], {chat} [aria-label^=user]")
+            assert not page.find_all(f"{chat} iframe, {chat} .message img")
+        elsewhere.shutdown()
+    assert not asked
+
+
+@pytest.mark.parametrize("others", [0, 6])
+def test_another_picture_ends_an_answer_running_or_waiting(page, address, tmp_path, others):
+    from gradio_client import Client, handle_file
+
+    large = tmp_path / "large.png"
+    Image.linear_gradient("L").resize((4000, 4000)).convert("RGB").save(large)
+    page.find("#picture input[type=file]").send_keys(str(large))
+    wait_for(lambda: not page.own_questions(), "the picture")
+    clients = [Client(address, verbose=False) for _ in range(others)]
+    before = [each.submit(handle_file(str(large)), "What is it?", False, api_name="/ask") for each in clients]
+    page.find("#question textarea").send_keys("What is it?")
+    page.click("Ask")
+    time.sleep(0.5)
+    page.click("Draw another scene")
+    wait_for(page.own_questions, "another scene")
+    for each in before:
+        each.result(timeout=60)
+    time.sleep(5)
+    assert not page.answers("#with") + page.answers("#without") and not page.find("#look img")
+    assert "Error" not in page.text("body")
+    assert page.ask(page.own_questions()[0])[0] and len(page.answers("#with")) == 1
 
 
 def test_of_a_clip_it_takes_the_first_frame_and_says_so(page):
@@ -222,26 +287,108 @@ def test_large_uploads_and_those_of_unknown_size_are_refused_before_they_are_rea
     assert refused.status == 413 and refused.read() == b"A request may have 5,000,000 bytes."
 
 
-def ask(address: str, picture: Path, *questions: str) -> str:
-    """What the page says instead of answering one of the questions of a conversation."""
-    from gradio_client import Client, handle_file
-    from gradio_client.exceptions import AppError
+class Talk:
+    """A conversation through the API."""
 
-    client = Client(address, verbose=False)
-    with pytest.raises(AppError) as refused:
-        for question in questions:
-            client.predict(handle_file(str(picture)), question, False, api_name="/ask")
-    return str(refused.value)
+    def __init__(self, address: str):
+        from gradio_client import Client
+
+        self.client = Client(address, verbose=False)
+
+    def ask(self, picture: Path, question: str) -> tuple[list[str], str]:
+        """What was said since the conversation began, and the note about it."""
+        from gradio_client import handle_file
+
+        chat, _, _, note, *_ = self.client.predict(handle_file(str(picture)), question, False, api_name="/ask")
+        return [turn["content"][0]["text"] for turn in chat], note
+
+    def refused(self, picture: Path, question: str) -> str:
+        from gradio_client.exceptions import AppError
+
+        with pytest.raises(AppError) as refused:
+            self.ask(picture, question)
+        return str(refused.value)
+
+
+SCENE = ROOT / "assets" / "scene.png"
 
 
 def test_a_question_a_conversation_and_a_picture_have_limits(address, tmp_path):
-    small = ROOT / "assets" / "scene.png"
     Image.new("1", (5000, 5000)).save(tmp_path / "large.png")
-    assert ask(address, small, "a" * 1001) == "Ask in 1000 characters; this has 1001."
+    talk = Talk(address)
+    assert talk.refused(SCENE, "a" * 1001) == "Ask in 1000 characters; this has 1001."
+    assert "must have 1 to 16,777,216 pixels, got 5000x5000" in talk.refused(tmp_path / "large.png", "What is it?")
+
+
+def test_a_question_refused_for_its_length_is_not_kept(address):
+    talk = Talk(address)
+    assert talk.ask(SCENE, QUESTION)[0] == [QUESTION, "right of"]
     longest = "\N{GRINNING FACE}" * 1000  # four tokens each
-    said = ask(address, small, "What shape is the blue object? " * 5, longest)
-    assert re.match(r"The prompt has 4\d\d\d tokens, and with an answer the model reads 4096", said)
-    assert "must have 1 to 16,777,216 pixels, got 5000x5000" in ask(address, tmp_path / "large.png", "What is it?")
+    assert re.match(
+        r"The prompt has 4\d\d\d tokens, and with an answer the model reads 4096", talk.refused(SCENE, longest)
+    )
+    said, _ = talk.ask(SCENE, "How many circles are there?")
+    assert said == [QUESTION, "right of", "How many circles are there?", "2"]
+
+
+def test_what_is_refused_is_told_as_plain_text(address, tmp_path):
+    assert "text holds <world>, which" in Talk(address).refused(SCENE, "<world>What's this?")
+    (tmp_path / "none & none.png").write_bytes(b"not an image")
+    said = Talk(address).refused(tmp_path / "none & none.png", "What is it?")
+    assert (
+        re.match(r"'none.*none\.png' is no image that can be read", said) and "/" not in said and "&amp;" not in said
+    )
+
+
+def pictures(folder: Path) -> dict[str, tuple[Path, Path]]:
+    """Pictures of kinds that Gradio would convert, each beside the RGB that `read_image` makes of it."""
+    scene = Image.open(SCENE).convert("RGB")
+    clear = scene.copy()
+    clear.putalpha(Image.linear_gradient("L").resize(scene.size))
+    deep = Image.fromarray(np.asarray(scene.convert("L")).astype(np.uint16) * 257)
+    kinds = {"clear.png": clear, "clear.webp": clear, "deep.png": deep, "deep.tiff": deep}
+    for name, picture in kinds.items():
+        picture.save(folder / name, **({"lossless": True} if name.endswith("webp") else {}))
+        read_image(folder / name).save(folder / f"{name}.rgb.png")
+    return {name: (folder / name, folder / f"{name}.rgb.png") for name in kinds}
+
+
+def test_uploads_are_read_by_the_processors_reader_alone(address, tmp_path):
+    for given, read in pictures(tmp_path).values():
+        talk = Talk(address)
+        assert "to encode the picture" in talk.ask(given, QUESTION)[1]
+        assert "the picture's latents kept" in talk.ask(read, QUESTION)[1], given.name
+    Image.new("F", (64, 64)).save(tmp_path / "float.tiff")
+    assert "32 bits a channel" in talk.refused(tmp_path / "float.tiff", QUESTION)
+
+
+def test_pictures_of_the_same_bytes_but_another_shape_differ(address, tmp_path):
+    wide = Image.frombytes("RGB", (64, 32), bytes(range(256)) * 24)
+    wide.save(tmp_path / "wide.png")
+    Image.frombytes("RGB", (32, 64), wide.tobytes()).save(tmp_path / "tall.png")
+    talk = Talk(address)
+    talk.ask(tmp_path / "wide.png", QUESTION)
+    said, note = talk.ask(tmp_path / "tall.png", QUESTION)
+    assert "to encode the picture" in note and len(said) == 2
+
+
+def call(address: str, *data) -> list:
+    """What an answer through the API gives at last, from data that the client need not have checked."""
+    event = post(address, "call/ask", json={"data": data}).json()["event_id"]
+    told = httpx.get(f"{address}/gradio_api/call/ask/{event}", timeout=60).text
+    return json.loads(told.rpartition("event: complete\ndata: ")[2])
+
+
+def test_nothing_but_the_picture_and_the_question_is_the_clients(address, tmp_path):
+    other = draw_scene(SPLITS["test"][1])
+    other.image.save(tmp_path / "other.png")
+    file = {"path": upload(address, tmp_path / "other.png"), "url": "http://127.0.0.1:9/x.png"}
+    talk, scene = {"picture": None, "turns": [{"question": "a", "answer": "b"}]}, {"answers": {QUESTION: "nowhere"}}
+    _, chat, blind_chat, _, note, *_ = call(address, file, QUESTION, False, talk, scene)
+    assert [turn["role"] for turn in chat] == ["user", "assistant"] and not blind_chat
+    assert "own answer" not in note  # that of the scene which the page shows first
+    file = {"path": upload(address, SCENE)}
+    assert "The scene's own answer: **right of**" in call(address, file, QUESTION, False)[4]
 
 
 def test_many_mixed_requests_some_broken_off(server, tmp_path):
@@ -260,11 +407,11 @@ def upload(address: str, file: Path) -> str:
     return post(address, "upload", files={"files": (file.name, file.read_bytes())}).json()[0]
 
 
-@pytest.mark.parametrize("route", ["call/ask", "call/v2/ask", "run/ask", "queue/join"])
+@pytest.mark.parametrize("route", ["call/ask", "call/v2/ask", "queue/join"])
 def test_no_route_reads_a_file_that_was_not_uploaded(address, tmp_path, route):
     secret = tmp_path / "secret.png"
     draw_scene(SPLITS["test"][2]).image.save(secret)
-    uploaded = upload(address, ROOT / "assets" / "scene.png")
+    uploaded = upload(address, SCENE)
     paths = [str(secret), f"{Path(uploaded).parent}/../..{secret}", f"http://127.0.0.1/../../{uploaded}", [uploaded]]
     files = [{"path": path} for path in paths] + [{"value": {"path": str(secret)}}]
     files += [{"path": str(secret), "meta": {"_type": kind}} for kind in ("gradio.FileData", "other")]
@@ -272,7 +419,7 @@ def test_no_route_reads_a_file_that_was_not_uploaded(address, tmp_path, route):
         for data in ([file, "What is it?", False], [None, file, False], [None, "What is it?", [file]]):
             bodies = [{"data": data}]
             if route == "call/v2/ask":
-                bodies = [dict(zip(("picture", "question", "compare"), data, strict=True))]
+                bodies = [dict(zip(("file", "question", "compare"), data, strict=True))]
             elif route == "queue/join":
                 bodies = [{"data": data, "fn_index": index, "session_hash": "mine"} for index in range(8)]
             for body in bodies:
@@ -281,6 +428,15 @@ def test_no_route_reads_a_file_that_was_not_uploaded(address, tmp_path, route):
                 assert refused.text.startswith("A file's path must be one that `/gradio_api/upload` answered")
     disguised = {"content": json.dumps({"data": data}), "headers": {"Content-Type": "application/json; form-data"}}
     assert post(address, route, **disguised).status_code == 403
+
+
+def test_the_api_has_one_endpoint(address):
+    information = httpx.get(f"{address}/gradio_api/info?all_endpoints=True").json()
+    assert list(information["named_endpoints"]) == ["/ask"] and not information["unnamed_endpoints"]
+    others = ("run/ask", "api/ask", "run/predict", "call/draw_another", "call/start_again", "call/v2/ask_here")
+    for other in (*others, "component_server", "process_recording", "vibe-edit", "run-history/connect"):
+        refused = post(address, other, json={"data": [], "fn_index": 0})
+        assert (refused.status_code, refused.text) == (404, "This page has no such endpoint.")
 
 
 @pytest.mark.parametrize("path", ["/etc/hostname", str(ROOT / "app.py"), "app.py", "../../../etc/hostname"])
