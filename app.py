@@ -53,7 +53,53 @@ UPLOADS = os.environ["GRADIO_TEMP_DIR"] = os.path.realpath(uploads.name)
 NOT_CHANGED = ""  # in place of a picture's path
 # The only endpoints of Gradio that take something from the page or from a client.
 ENDPOINTS = ("upload", "queue/join", "call/ask", "call/v2/ask", "cancel", "reset")
-CSS = ".gradio-container {max-width: 1180px !important} #picture img {width: 100%; height: 100%; object-fit: contain}"
+CSS = """
+.gradio-container {max-width: 1180px !important; margin: auto !important}
+#picture img {width: 100%; height: 100%; object-fit: contain}
+#refusal [role=alert] {
+    color: var(--error-text-color); font-weight: 600; overflow-wrap: anywhere;
+    border-left: 4px solid var(--error-border-color); padding-left: 8px
+}
+.dark {color-scheme: dark}
+#refusal:not(:has([role=alert])) {display: none}
+footer, footer * {color: var(--body-text-color) !important; opacity: 1 !important}
+@media (max-width: 700px) {
+    #left {display: contents}
+    #look {order: 1}
+}
+"""
+THEME = gr.themes.Default().set(
+    button_primary_background_fill="*primary_700",
+    button_primary_background_fill_dark="*primary_700",
+    button_primary_background_fill_hover="*primary_800",
+    button_primary_background_fill_hover_dark="*primary_800",
+    input_placeholder_color="*neutral_500",
+    input_placeholder_color_dark="*neutral_400",
+)
+# Gradio gives both chats one name, reads a bubble's entities out, and pastes a picture only by its button.
+SCRIPT = """
+() => {
+    const names = {"#with": "Answers with world tokens", "#without": "Answers without world tokens"};
+    const label = () => {
+        for (const [chat, name] of Object.entries(names))
+            document.querySelector(`${chat} [role=log]`)?.setAttribute("aria-label", name);
+        for (const bubble of document.querySelectorAll("[role=log] [aria-label*='&']"))
+            if (bubble.innerText) bubble.ariaLabel = bubble.ariaLabel.split(":", 1) + ": " + bubble.innerText;
+    };
+    new MutationObserver(label).observe(document.body, {childList: true, subtree: true});
+    label();
+    document.addEventListener("paste", (event) => {
+        const picture = [...event.clipboardData.files].find((file) => file.type.startsWith("image/"));
+        if (!picture) return;
+        event.preventDefault();
+        const files = new DataTransfer();
+        files.items.add(picture);
+        const upload = document.querySelector("#picture input[type=file]");
+        upload.files = files.files;
+        upload.dispatchEvent(new Event("change", {bubbles: true}));
+    });
+}
+"""
 
 # Eager attention gives the weights for the overlay; set here, because all who ask share the model.
 model = AutoModel.from_pretrained(BUNDLED, trust_remote_code=True, attn_implementation="eager").eval()
@@ -408,13 +454,15 @@ with gr.Blocks(title="TheWorld", delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as p
     scene = gr.State(first_scene, time_to_live=KEPT_SECONDS)
     visit = gr.State(Visit(), time_to_live=KEPT_SECONDS)
     with gr.Row():
-        with gr.Column(scale=2, min_width=260):
+        with gr.Column(scale=2, min_width=260, elem_id="left"):
             picture = Picture(
                 first_picture,
                 format="png",
                 label="Picture",
                 height=270,
                 sources=["upload", "clipboard"],
+                alt_text="The picture that is asked about",
+                buttons=["fullscreen"],
                 elem_id="picture",
             )
             new_scene = gr.Button("Draw another scene")
@@ -422,37 +470,42 @@ with gr.Blocks(title="TheWorld", delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as p
                 label="What it looked at",
                 height=270,
                 interactive=False,
+                alt_text="The picture in gray, red where the answer's first word looked",
+                buttons=["fullscreen", "download"],
                 elem_id="look",
             )
         with gr.Column(scale=5):
+            with gr.Row(equal_height=True):
+                question = gr.Textbox(
+                    label="Question",
+                    show_label=False,
+                    placeholder="Ask about the picture",
+                    scale=5,
+                    max_lines=3,
+                    elem_id="question",
+                )
+                send = gr.Button("Ask", variant="primary", scale=1)
+            refused = gr.HTML(elem_id="refusal")
             with gr.Row():
                 chat, blind_chat = (
                     gr.Chatbot(
                         label=label,
                         height=330,
+                        min_width=300,
                         buttons=[],
                         feedback_options=None,
                         render_markdown=False,
                         latex_delimiters=[],
                         elem_id=elem_id,
                     )
-                    for label, elem_id in (("With world tokens", "with"), ("Without", "without"))
+                    for label, elem_id in (("With world tokens", "with"), ("Without world tokens", "without"))
                 )
-            compare = gr.Checkbox(True, label="Ask without world tokens too, to see what they are worth")
-            with gr.Row():
-                question = gr.Textbox(
-                    show_label=False,
-                    placeholder="Ask about the picture",
-                    scale=5,
-                    elem_id="question",
-                )
-                send = gr.Button("Ask", variant="primary", scale=1)
-            refused = gr.HTML(elem_id="refusal")
             questions = gr.Dataset(
                 components=[question],
                 samples=[[text] for text in first_scene.answers],
                 label="The scene's own questions",
             )
+            compare = gr.Checkbox(True, label="Ask without world tokens too, to see what they are worth")
             note = gr.Markdown(elem_id="note")
 
     given, answered = [picture, question, compare, talk, scene], [talk, chat, blind_chat, overlay, note]
@@ -487,6 +540,9 @@ if __name__ == "__main__":
         state_session_capacity=MAX_KEPT,
         run_history=False,
         enable_monitoring=False,
+        footer_links=["api", "gradio"],
+        theme=THEME,
         css=CSS,
+        js=SCRIPT,
         app_kwargs={"middleware": [Middleware(Gate)]},
     )

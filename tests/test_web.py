@@ -239,6 +239,8 @@ def test_questions_are_shown_as_the_text_they_are(page):
         for chat in ("#with", "#without"):
             assert page.text(f"{chat} .user.message") == question
             assert page.find(f"{chat} .user.message [aria-label], {chat} [aria-label^=user]")
+            label = page.find(f"{chat} [aria-label^=user]").get_attribute("aria-label")
+            assert label == f"user's message: {question}"
             assert not page.find_all(f"{chat} iframe, {chat} .message img")
         elsewhere.shutdown()
     assert not asked
@@ -265,6 +267,102 @@ def test_another_picture_ends_an_answer_running_or_waiting(page, address, tmp_pa
     assert not page.answers("#with") + page.answers("#without") and not page.find("#look img")
     assert "Error" not in page.text("body")
     assert page.ask(page.own_questions()[0])[0] and len(page.answers("#with")) == 1
+
+
+def test_ctrl_v_gives_a_picture_wherever_the_cursor_is(page):
+    from selenium.webdriver.common.keys import Keys
+
+    page.browser.execute_cdp_cmd("Browser.grantPermissions", {"permissions": ["clipboardReadWrite"]})
+    copy = """
+        const done = arguments[arguments.length - 1], source = document.querySelector("#picture img").src;
+        fetch(source).then((file) => file.blob()).then((file) => createImageBitmap(file)).then((picture) => {
+            const canvas = new OffscreenCanvas(picture.width, picture.height);
+            canvas.getContext("2d").drawImage(picture, 0, 0);
+            return canvas.convertToBlob({type: "image/png"});
+        }).then((png) => navigator.clipboard.write([new ClipboardItem({"image/png": png})])).then(done, done);
+    """
+    assert page.browser.execute_async_script(copy) is None
+    page.click("Draw another scene")
+    before = wait_for(
+        lambda: page.own_questions()[0] != QUESTION and page.find("#picture img").get_attribute("src"), "it"
+    )
+    box = page.find("#question textarea")
+    box.send_keys("How many")
+    box.send_keys(Keys.CONTROL, "v")
+    wait_for(lambda: page.find("#picture img").get_attribute("src") != before, "the pasted picture")
+    wait_for(lambda: not page.own_questions(), "the pasted picture")
+    assert page.ask(QUESTION)[0] == "right of"
+
+
+CONTRAST = """
+const parse = (color) => { const parts = color.match(/[\\d.]+/g).map(Number); return [...parts, 1].slice(0, 4); };
+const over = (top, below) => [0, 1, 2].map((i) => top[i] * top[3] + below[i] * (1 - top[3]));
+const light = (color) => [0.2126, 0.7152, 0.0722].reduce((sum, weight, i) => {
+    const part = color[i] / 255;
+    return sum + weight * (part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4);
+}, 0);
+const contrast = (element, color) => {
+    let ground = [255, 255, 255], opacity = 1;
+    const around = [];
+    for (let each = element; each; each = each.parentElement) around.unshift(getComputedStyle(each));
+    for (const style of around) { ground = over(parse(style.backgroundColor), ground); opacity *= style.opacity; }
+    const [r, g, b, alpha] = parse(color);
+    const [darker, lighter] = [light(over([r, g, b, alpha * opacity], ground)), light(ground)].sort((a, b) => a - b);
+    return (lighter + 0.05) / (darker + 0.05);
+};
+const found = [], texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+while (texts.nextNode()) {
+    const text = texts.currentNode.textContent.trim(), element = texts.currentNode.parentElement;
+    const seen = element.checkVisibility({opacityProperty: true, visibilityProperty: true});
+    if (text && seen && element.offsetWidth > 1 && !["STYLE", "SCRIPT"].includes(element.tagName))
+        found.push([text, contrast(element, getComputedStyle(element).color)]);
+}
+for (const box of document.querySelectorAll("[placeholder]"))
+    found.push([box.placeholder, contrast(box, getComputedStyle(box, "::placeholder").color)]);
+return found;
+"""
+NAMELESS = """
+const name = (each) => each.ariaLabel || each.alt || each.innerText?.trim() || each.labels?.[0]?.innerText.trim()
+    || each.labels?.[0]?.textContent.trim() || each.querySelector("img")?.alt;
+return [...document.querySelectorAll("button, textarea, input, img, [role=log]")].filter((each) => !name(each))
+    .map((each) => each.outerHTML.slice(0, 200));
+"""
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_everything_has_a_name_and_is_readable(browser, address, theme):
+    page = Page(browser, f"{address}?__theme={theme}")
+    page.ask(QUESTION)
+    page.find("#question textarea").send_keys("<world>")
+    page.click("Ask")
+    wait_for(lambda: page.find("[role=alert]"), "a message")
+    page.find("#question textarea").clear()
+    contrasts = page.browser.execute_script(CONTRAST)
+    shown = {text for text, _ in contrasts}
+    assert {"Picture", "What it looked at", "Ask", "Ask about the picture", QUESTION, "right of"} <= shown
+    assert not [each for each in contrasts if each[1] < 4.5]
+    assert not page.browser.execute_script(NAMELESS)
+    names = [log.get_attribute("aria-label") for log in page.find_all("[role=log]")]
+    assert names == ["Answers with world tokens", "Answers without world tokens"]
+    assert [image.get_attribute("alt") for image in page.find_all("#picture img, #look img")] == [
+        "The picture that is asked about",
+        "The picture in gray, red where the answer's first word looked",
+    ]
+
+
+def test_on_a_phone_the_question_is_on_the_first_screen(browser, address):
+    phone = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    try:
+        page = Page(browser, address)
+        picture, question, chat, blind_chat, look = (
+            page.find(selector).rect for selector in ("#picture", "#question", "#with", "#without", "#look")
+        )
+        assert picture["y"] + picture["height"] < question["y"] and question["y"] + question["height"] < 844
+        assert question["y"] < chat["y"] < blind_chat["y"] < look["y"] and chat["width"] > 300
+        assert page.browser.execute_script("return document.documentElement.scrollWidth") == 390
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_of_a_clip_it_takes_the_first_frame_and_says_so(page):
