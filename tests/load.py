@@ -132,45 +132,81 @@ def pictures_and_questions() -> list[tuple[Image.Image, str]]:
 
 def web(address: str, process: int, number: int, folder: Path) -> dict[str, Any]:
     """
-    Loads app.py: conversations of one turn and of two, with and without comparing, and what it refuses.
+    Loads app.py: conversations of one turn and of two, with and without comparing, and what it refuses: placeholders,
+    files that are no pictures, paths of files that were not uploaded, and questions that are too long, after which the
+    conversation goes on as if they had not been asked.
 
     Pictures that go and come are written to `folder`.
     """
+    import httpx
     from gradio_client import Client, handle_file
     from gradio_client.exceptions import AppError
 
     own = threading.local()
 
-    def conversation(picture: Path, questions: list[str], compare: bool) -> Callable:
+    def conversation(
+        picture: str, questions: list[str], compare: bool = False, refusal: str | None = None
+    ) -> Callable:
+        """Asks them all, of which those with the text `refusal` may be refused; what came of the last is returned."""
+
         def send(seconds: float | None) -> Any:
             if not hasattr(own, "client"):
                 own.client = Client(address, verbose=False, download_files=str(folder))
             client = own.client
             client.reset_session()
             for question in questions:
-                job = client.submit(handle_file(str(picture)), question, compare, api_name="/ask")
+                job = client.submit(handle_file(str(folder / picture)), question, compare, api_name="/ask")
                 try:
                     chat, blind_chat, *_ = job.result(timeout=seconds)
+                    said = [[turn["content"][0]["text"] for turn in each] for each in (chat, blind_chat)]
                 except TimeoutError:
                     job.cancel()
                     del own.client  # which would mix up what is left with the next answer
                     return BROKEN_OFF
-                except AppError:
-                    return REFUSED
-            return [[turn["content"][0]["text"] for turn in each] for each in (chat, blind_chat)]
+                except AppError as error:
+                    said = REFUSED
+                    if refusal is None or refusal not in str(error):
+                        raise
+            return said
 
         return send
 
-    sends = []
+    def bare_path(picture: Path, meta: dict) -> Callable:
+        def send(_: float | None) -> Any:
+            data = [{"path": str(picture), **meta}, "How many circles are there?", False]
+            answer = httpx.post(f"{address}/gradio_api/call/ask", json={"data": data}, timeout=60)
+            return REFUSED if answer.status_code == 403 and "Upload the file first." in answer.text else answer.text
+
+        return send
+
+    requests = []
     for turn, (picture, question) in enumerate(pictures_and_questions()):
         picture.save(folder / f"{turn}.png")
         questions = [question, "How many circles are there?"][: 1 + (turn % 4 == 3)]
-        sends.append(conversation(folder / f"{turn}.png", questions, compare=turn % 3 == 0))
+        send = conversation(f"{turn}.png", questions, compare=turn % 3 == 0)
+        requests.append(Request(send, send(None)))
+    clear = Image.open(folder / "0.png").convert("RGBA")
+    clear.putalpha(Image.linear_gradient("L").resize(clear.size))
+    clear.save(folder / "clear.png")
+    page = Image.new("RGBA", clear.size, "white")
+    page.alpha_composite(clear)
+    page.convert("RGB").save(folder / "page.png")
     (folder / "none.png").write_bytes(b"not an image")
-    refused = [conversation(folder / "0.png", ["what is <world>?"], False)]
-    refused += [conversation(folder / "none.png", ["What is it?"], False)]
-    refused += [conversation(folder / "0.png", ["a" * 2000], False)]
-    requests = [Request(send, send(None)) for send in sends] + [Request(send, REFUSED) for send in refused]
+    good, long, tokens = ["What shape is it?", "How many circles are there?"], "a" * 2000, "\N{GRINNING FACE}" * 1000
+    requests += [
+        Request(conversation("clear.png", good), conversation("page.png", good)(None)),
+        Request(
+            conversation("0.png", [good[0], long, good[1]], refusal="Ask in 1000"), conversation("0.png", good)(None)
+        ),
+        Request(
+            conversation("1.png", [good[0], tokens, good[1]], refusal="The prompt"), conversation("1.png", good)(None)
+        ),
+        Request(conversation("0.png", ["what is <world>?"], refusal="text holds <world>"), REFUSED),
+        Request(conversation("none.png", ["What is it?"], refusal="'none.png' is no image that can be read"), REFUSED),
+        Request(conversation("0.png", [long], refusal="this has 2000"), REFUSED),
+        Request(bare_path(folder / "0.png", {}), REFUSED),
+        Request(bare_path(folder / "0.png", {"meta": {"_type": "other"}}), REFUSED),
+    ]
     return load(requests, number, process)
 
 
