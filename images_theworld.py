@@ -6,7 +6,8 @@ import os
 from http.client import HTTPException
 from io import BytesIO
 from typing import Any
-from urllib.request import Request, urlopen
+from urllib.parse import urlsplit
+from urllib.request import Request, url2pathname, urlopen
 
 import numpy as np
 import torch
@@ -31,8 +32,8 @@ def read_image(image: Any, input_data_format: str | None = None) -> Image.Image:
     An image as RGB; of an animation, the first frame.
 
     Args:
-        image: A PIL image, a path, a URL, base64 text, or a uint8 array or tensor: [H, W], or with 1, 3 or 4 channels
-            first or last.
+        image: A PIL image, a path, a URL (`http://`, `https://`, `file://` or `data:`), base64 text, or a uint8 array
+            or tensor: [H, W], or with 1, 3 or 4 channels first or last.
         input_data_format: "channels_first" or "channels_last", for an array that could be either.
 
     Raises:
@@ -47,12 +48,7 @@ def read_image(image: Any, input_data_format: str | None = None) -> Image.Image:
     elif not isinstance(image, Image.Image):
         raise TypeError(f"An image must be {IMAGE_FORMS}, got {type(image).__name__}.")
 
-    pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
-    if pixels == 0 or (limit is not None and pixels > limit):
-        raise ValueError(
-            f"An image must have 1 to {limit:,} pixels, got {image.width}x{image.height}. Make it smaller, or, if you "
-            "trust where it comes from, raise `PIL.Image.MAX_IMAGE_PIXELS`."
-        )
+    check_pixels(image.width, image.height)
     try:
         image.load()
         image = upright(image)
@@ -63,24 +59,52 @@ def read_image(image: Any, input_data_format: str | None = None) -> Image.Image:
     return to_rgb(image)
 
 
+def check_pixels(width: int, height: int) -> None:
+    """Raises a `ValueError` if an image of this size has no pixel, or more than `Image.MAX_IMAGE_PIXELS`."""
+    limit = Image.MAX_IMAGE_PIXELS
+    if width * height == 0 or (limit is not None and width * height > limit):
+        raise ValueError(
+            f"An image must have 1 to {limit:,} pixels, got {width}x{height}. Make it smaller, or, if you "
+            "trust where it comes from, raise `PIL.Image.MAX_IMAGE_PIXELS`."
+        )
+
+
 def open_image(source: str) -> Image.Image:
     """The image behind a path, a URL or base64 text, not decoded yet."""
-    shown = source if len(source) < 200 else f"{source[:50]}..."
     try:
-        if source.startswith(("http://", "https://")):
-            file = BytesIO(fetch(source))
-        elif os.path.isfile(source):
-            file = source
-        else:
-            file = BytesIO(base64.b64decode(source.partition(",")[2] if source.startswith("data:") else source))
-        return Image.open(file)
+        file = find_file(source)
+        return Image.open(BytesIO(file) if isinstance(file, bytes) else file)
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{shown!r} is refused: {error} Make it smaller.") from None
+        raise ValueError(f"{shown(source)} is refused: {error} Make it smaller.") from None
     except (
         Exception
     ) as error:  # Pillow's decoders have errors of their own, and its text shows where in memory a file is
         reason = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
-        raise ValueError(f"{shown!r} is no image that can be read{reason}. Expected {IMAGE_FORMS}.") from None
+        raise ValueError(f"{shown(source)} is no image that can be read{reason}. Expected {IMAGE_FORMS}.") from None
+
+
+def shown(source: str) -> str:
+    """A path, a URL or base64 text as error messages show it."""
+    return repr(source if len(source) < 200 else f"{source[:50]}...")
+
+
+def find_file(source: str) -> str | bytes:
+    """
+    The path of a local file, or the content behind another URL or base64 text.
+
+    Raises:
+        OSError: If there is neither.
+    """
+    if source.startswith(("http://", "https://")):
+        return fetch(source)
+    path = url2pathname(urlsplit(source).path) if source.startswith("file://") else source
+    if os.path.isfile(path):
+        return path
+    try:
+        text = source.partition(",")[2] if source.startswith("data:") else source
+        return base64.b64decode("".join(text.split()), validate=True)
+    except ValueError:
+        raise FileNotFoundError("there is no such file") from None
 
 
 def fetch(url: str) -> bytes:

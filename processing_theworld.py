@@ -27,7 +27,16 @@ from transformers.video_utils import VideoInput, VideoMetadataType
 from .checks_theworld import check_conversation, check_text
 from .images_theworld import read_images
 from .padding_theworld import without_shared_settings
-from .videos_theworld import count_videos_by_prompt, fill_up, flatten_metadata, flatten_videos, read_video
+from .videos_theworld import (
+    Clip,
+    Sampling,
+    count_videos_by_prompt,
+    fill_up,
+    flatten_metadata,
+    flatten_videos,
+    open_clip,
+    open_videos,
+)
 
 
 # The tower sees images of one size, whatever the size of those that become world tokens; and only it sees crops.
@@ -47,10 +56,17 @@ class TheWorldImagesKwargs(Gemma3ImageProcessorKwargs, total=False):
 
 
 class TheWorldVideosKwargs(ImagesKwargs, total=False):
-    """The image processor's, for each frame; the rate at which frames are taken, and what is known of the videos'."""
+    """
+    The image processor's, for each frame; which frames are read, what is known of the videos, and whether the stream
+    is on.
+    """
 
     fps: float | int | None
+    num_frames: int | None
+    max_frames: int | None
+    do_sample_frames: bool | None
     video_metadata: VideoMetadataType | None
+    world: bool
 
 
 class TheWorldProcessorKwargs(ProcessingKwargs, total=False):
@@ -152,6 +168,8 @@ class TheWorldProcessor(ProcessorMixin):
         temporal_compression_ratio: Frames of a video, after its first, that one latent frame stands for;
             `TheWorldEncoderConfig.temporal_compression_ratio`.
         fps: Frames a second at which videos are read.
+        max_frames: Frames that are read of a video at most. Of one that has more at `fps`, as many are read evenly,
+            from its first frame to its last.
         vision_settings: Those of Gemma 3's image processor, for a model with `TheWorldConfig.vision_config`.
         vision_seq_length: Gemma's own tokens an image or crop; `TheWorldConfig.mm_tokens_per_image`.
         world_first: Whether an image's world tokens come before Gemma's own; `TheWorldConfig.world_first`.
@@ -177,6 +195,7 @@ class TheWorldProcessor(ProcessorMixin):
         compression_ratio: int = 8,
         temporal_compression_ratio: int = 4,
         fps: float = 8,
+        max_frames: int = 321,
         vision_settings: dict | None = None,
         vision_seq_length: int = 256,
         world_first: bool = True,
@@ -198,6 +217,7 @@ class TheWorldProcessor(ProcessorMixin):
         self.compression_ratio = compression_ratio
         self.temporal_compression_ratio = temporal_compression_ratio
         self.fps = fps
+        self.max_frames = max_frames
         self.vision_settings = vision_settings
         self.vision_seq_length = vision_seq_length
         self.world_first = world_first
@@ -235,8 +255,9 @@ class TheWorldProcessor(ProcessorMixin):
         """
         Text, images and videos to the model's inputs.
 
-        A video is read at `fps` frames a second. If there are not 1 + 4k of them, the last is repeated until there
-        are, so that none is lost. Each latent frame's places have the time of its last frame before them, as "0.500s".
+        A video is read at `fps` frames a second, from its first frame to its last; if it has more than `max_frames` at
+        that rate, as many are read evenly. If there are not 1 + 4k of them, the last is repeated until there are, so
+        that none is lost. Each latent frame's places have the time of its last frame before them, as "0.500s".
 
         A prompt that begins with `<bos>`, as a chat that was rendered by `apply_chat_template` does, gets no second
         one: the call then gives what `apply_chat_template(tokenize=True)` gives.
@@ -246,14 +267,16 @@ class TheWorldProcessor(ProcessorMixin):
                 images for each prompt.
             text: A prompt or several, with one `<world>` for each image and one `<world_video>` for each video.
             videos: A video, a list of the videos of all prompts, or a list of videos for each prompt. A video is a
-                list of PIL images or of arrays [H, W, 3], an array [T, H, W, 3], an animated PIL image, or the name of
-                a file: a GIF, PNG or WebP, or what `transformers.video_utils.load_video` reads, with PyAV installed.
-                Each frame is read as an image is.
+                list of PIL images, of arrays [H, W, 3] or of the paths of pictures, an array [T, H, W, 3], an animated
+                PIL image, or the path or URL of a file: an animation that PIL reads (GIF, PNG, WebP, AVIF), or any
+                other that PyAV reads, if it is installed. Each frame is read as an image is.
             world_latents: In place of `images`: latents of images, as the model's `get_world_latents` returns them,
                 [B, z, h, w]; or a list of [z, h, w], or a list of those for each prompt.
-            kwargs: The tokenizer's and the image processors', and those of videos: `fps`, and `video_metadata`, whose
-                `fps` says how many frames a second lists and arrays have; without it they have the wanted rate, and
-                all are read. `size` is that of images and frames that become world tokens,
+            kwargs: The tokenizer's and the image processors', and those of videos: `fps`, or `num_frames` to read so
+                many evenly; `max_frames`; `do_sample_frames=False` to read all frames that there are; and
+                `video_metadata`, whose `fps` and `frames_indices` say when the frames of lists and arrays were, as
+                `transformers.video_utils.load_video` returns them; without it they have the wanted rate. `size` is
+                that of images and frames that become world tokens,
                 `do_pan_and_scan` and its like are Gemma 3's. `world=False` or `vision=False` leaves one stream out of
                 prompts and inputs: without the world, they are those of Gemma 3's processor.
 
@@ -262,10 +285,11 @@ class TheWorldProcessor(ProcessorMixin):
             [V, T, 3, H, W]; with vision, `vision_pixel_values` and `token_type_ids` as well.
 
         Raises:
+            ImportError: If a video needs PyAV, which is not installed.
             TypeError: If `text` is no text, or something among the images or videos is none.
             ValueError: If images and `<world>`, or videos and `<world_video>`, differ in number, images come twice, or
-                one cannot be read; videos of one call differ in length, or the tower, which reads no latents, would
-                get them.
+                one cannot be read; videos of one call differ in length, one has more tokens than the tokenizer's
+                `model_max_length`, or the tower, which reads no latents, would get them.
         """
         check_text(text)
         if world_latents is not None:
@@ -308,11 +332,17 @@ class TheWorldProcessor(ProcessorMixin):
         except TemplateError as error:
             raise ValueError(str(error)) from error
 
-    def prepare_inputs_layout(self, images: ImageInput | None = None, text: str | list[str] | None = None, **kwargs):
-        """As transformers' own, with the images as RGB, however they came."""
+    def prepare_inputs_layout(
+        self,
+        images: ImageInput | None = None,
+        text: str | list[str] | None = None,
+        videos: VideoInput | None = None,
+        **kwargs,
+    ):
+        """As transformers' own, with the images as RGB, however they came, and the files of videos opened."""
         if images is not None and not kwargs.get("images_kwargs", {}).get("encoded"):
             images = read_images(images, kwargs.get("input_data_format"))
-        return super().prepare_inputs_layout(images=images, text=text, **kwargs)
+        return super().prepare_inputs_layout(images=images, text=text, videos=open_videos(videos), **kwargs)
 
     def create_token_type_ids(self, input_ids):
         """1 in the places of Gemma's own image tokens, as Gemma 3's processor; 2 in those of world tokens; else 0."""
@@ -423,30 +453,71 @@ class TheWorldProcessor(ProcessorMixin):
         self,
         videos: VideoInput,
         fps: float | None = None,
+        num_frames: int | None = None,
+        max_frames: int | None = None,
+        do_sample_frames: bool | None = None,
         video_metadata: VideoMetadataType | None = None,
+        world: bool = True,
         **kwargs,
     ) -> tuple[dict, list[str]]:
         """`pixel_values_videos`, and the text that stands for each video: times, and world tokens' places."""
         videos = flatten_videos(videos)
-        if not videos:
-            return {}, []
-        metadata = flatten_metadata(video_metadata, len(videos))
-        fps = self.fps if fps is None else fps
-        kwargs = {**kwargs, "return_tensors": "pt"}
-        pixel_values, texts = [], []
-        for video, known in zip(videos, metadata, strict=True):
-            frames, times = read_video(video, fps, known, kwargs.get("input_data_format"))
-            frames, times = fill_up(frames, times, self.temporal_compression_ratio)
-            pixel_values.append(self.image_processor(frames, **kwargs)["pixel_values"])
-            places = self._places(self.video_token, *pixel_values[-1].shape[-2:])
-            texts.append("".join(time_stamp(time) + places for time in times[:: self.temporal_compression_ratio]))
-        shapes = [list(frames.shape) for frames in pixel_values]
-        if any(shape != shapes[0] for shape in shapes):
+        if not videos or not world:
+            return {}, [""] * len(videos)
+        if fps is not None and num_frames is not None:
+            raise ValueError(f"Give `fps` or `num_frames`, got both: {fps} and {num_frames}.")
+        sampling = Sampling(
+            fps=self.fps if fps is None else fps,
+            num_frames=num_frames,
+            max_frames=self.max_frames if max_frames is None else max_frames,
+            every_frame=do_sample_frames is False,
+        )
+        clips = [
+            open_clip(video, sampling.fps, known, kwargs.get("input_data_format"))
+            for video, known in zip(videos, flatten_metadata(video_metadata, len(videos)), strict=True)
+        ]
+        ratio = self.temporal_compression_ratio
+        times = [fill_up(sampling.times(clip), ratio) for clip in clips]
+        lengths = [len(of_clip) for of_clip in times]
+        if len(set(lengths)) > 1:
             raise ValueError(
-                f"The videos of one call must have as many frames, and the same size, but they are [T, 3, H, W] = "
-                f"{shapes} at {fps} frames a second. Give them one by one, or cut them to one length."
+                f"The videos of one call must have as many frames, and the same size, but they have {lengths} frames. "
+                "Give them one by one, cut them to one length, or read `num_frames` of each."
             )
-        return {"pixel_values_videos": torch.stack(pixel_values)}, texts
+        pixel_values = self._read_clips(clips, times, **kwargs)
+        places = self._places(self.video_token, *pixel_values.shape[-2:])
+        texts = ["".join(time_stamp(time) + places for time in of_clip[::ratio]) for of_clip in times]
+        return {"pixel_values_videos": pixel_values}, texts
+
+    def _read_clips(self, clips: list[Clip], times: list[torch.Tensor], **kwargs) -> torch.Tensor:
+        """The pixels of videos at `times`, [V, T, 3, H, W]; of their frames, one at a time is held at full size."""
+        kwargs["return_tensors"] = "pt"
+        pixel_values = None
+        for number, (clip, of_clip) in enumerate(zip(clips, times, strict=True)):
+            start = 0
+            for frame, count in clip.frames_at(of_clip):
+                pixels = self.image_processor(frame, **kwargs)["pixel_values"][0]
+                if pixel_values is None:
+                    self._check_length(len(of_clip), *pixels.shape[-2:])
+                    pixel_values = pixels.new_empty(len(clips), len(of_clip), *pixels.shape)
+                if pixels.shape != pixel_values.shape[2:]:
+                    raise ValueError(
+                        "The videos of one call must have as many frames, and the same size, but their frames have "
+                        f"{list(pixel_values.shape[-2:])} and {list(pixels.shape[-2:])} pixels. Give a `size`."
+                    )
+                pixel_values[number, start : start + count] = pixels
+                start += count
+        return pixel_values
+
+    def _check_length(self, num_frames: int, height: int, width: int) -> None:
+        """Raises if a video alone has more tokens than the tokenizer admits, where it says how many those are."""
+        latent_frames = (num_frames - 1) // self.temporal_compression_ratio + 1
+        tokens, limit = latent_frames * self._num_world_tokens(height, width), self.tokenizer.model_max_length
+        if tokens > limit:
+            raise ValueError(
+                f"A video of {num_frames} frames has {tokens} world tokens, but the tokenizer's `model_max_length` is "
+                f"{limit}. Read fewer frames by `max_frames`, `num_frames` or `fps`."
+            )
 
     def _places(self, token: str, height: int, width: int) -> str:
         """A `token` for each world token of `height` x `width` pixels, between the start and end tokens."""

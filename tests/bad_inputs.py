@@ -20,6 +20,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from films import write_film
 from PIL import Image, ImageOps
 
 from theworld import TheWorldForConditionalGeneration, TheWorldProcessor
@@ -115,6 +116,11 @@ def encoded(image: Image.Image, form: str, **options) -> bytes:
     return file.getvalue()
 
 
+def film() -> bytes:
+    """An MP4 of the five frames of `CLIP`."""
+    return write_film([np.asarray(frame) for frame in CLIP], [number / 8 for number in range(5)])
+
+
 def png_header(width: int, height: int) -> bytes:
     """A PNG file as far as its size, with no pixel in it."""
 
@@ -154,6 +160,9 @@ CLIP = [SCENE, *(Image.new("RGB", (40, 48), colour) for colour in ("red", "lime"
 ANIMATION = {"save_all": True, "append_images": CLIP[1:], "duration": 125}
 TURNED = Image.Exif()
 TURNED[0x0112] = 6  # the top is on the right
+# Of copies: Pillow keeps what its writer of JPEG sets.
+TWO_PICTURES = encoded(SCENE.copy(), "MPO", save_all=True, append_images=[RED.copy()])
+PAGES = encoded(SCENE.copy(), "TIFF", save_all=True, append_images=[RED.copy()])
 CLEAR = Image.new("RGBA", (8, 8), (9, 9, 9, 0))
 WHITE = Image.new("RGB", (8, 8), "white")
 SIDEWAYS = ImageOps.exif_transpose(Image.open(BytesIO(encoded(SCENE, "PNG", exif=TURNED))))
@@ -161,6 +170,8 @@ OUT_OF_RANGE = r"`pixel_values` must be in \[-1, 1\] .*TheWorldProcessor scales 
 SHAPE = r"`pixel_values` must be \[B, 3, H, W\], or .* TheWorldProcessor resizes images"
 TYPED = r"A message's text holds {}, which stands for an image or a video. Give those as parts of type 'image'"
 NO_IMAGE = "is no image that can be read.*Expected a PIL image, a uint8 array"
+NO_VIDEO = "cannot be read as a video: .*(Expected a list of PIL images|It is damaged)"
+PICTURE = "A video is a list of PIL images .*, got {}. A single picture is an image: give it as `images`"
 DAMAGED = "The image cannot be decoded: .*. The file is damaged or cut off; get it again."
 SIDES = "Image sides must be positive multiples of 8 pixels, got {}. Pass such a `size="
 TOO_LARGE = r"An image must have 1 to 89,478,485 pixels, got {}. Make it smaller"
@@ -640,8 +651,59 @@ VIDEOS = [
         r"have 1 `<world_video>`, but 0 video\(s\) came",
     ),
     Row("`<world_video>` in a chat's text", lambda g: g.chat(text("<world_video>")), TYPED.format("<world_video>")),
-    Row("a film of 0 bytes", lambda g: g.frames(g.file("a.gif", b"")), NO_IMAGE),
-    Row("a film that is not there", lambda g: g.frames("missing.gif"), f"'missing.gif' {NO_IMAGE}"),
+    Row("a film of 0 bytes", lambda g: g.frames(g.file("a.gif", b"")), NO_VIDEO),
+    Row("an MP4 of 0 bytes", lambda g: g.frames(g.file("a.mp4", b"")), NO_VIDEO),
+    Row("an MP4 that is a text", lambda g: g.frames(g.file("a.mp4", b"version https://git-lfs")), NO_VIDEO),
+    Row("an MP4 cut off", lambda g: g.frames(g.file("a.mp4", film()[:-200])), NO_VIDEO),
+    Row("an MP4 of flipped bits", lambda g: g.frames(g.file("a.mp4", film()[:60] + bytes(60))), NO_VIDEO),
+    Row(
+        "an MP4 that is a list of other files",
+        lambda g: g.frames(g.file("a.mp4", f"ffconcat version 1.0\nfile {g.file('b.mp4', film())}".encode())),
+        NO_VIDEO,
+    ),
+    Row("an MP4 for an image", lambda g: g.pixels(g.file("a.mp4", film())), NO_IMAGE),
+    Row("an MP4 at a URL that nobody answers", lambda g: g.frames("http://127.0.0.1:9/a.mp4"), NO_VIDEO),
+    Row("a folder for a video", lambda g: g.frames(str(g.folder)), NO_VIDEO),
+    Row("a film that is not there", lambda g: g.frames("missing.gif"), f"'missing.gif' {NO_VIDEO}"),
+    Row("an MP4 that is not there", lambda g: g.frames("missing.mp4"), "'missing.mp4' .*: there is no such file"),
+    Row("a `file://` that is not there", lambda g: g.frames("file:///no/a.mp4"), "a video: there is no such file"),
+    Row(
+        "a picture's file for a video",
+        lambda g: g.processor(videos=g.file("a.png", encoded(SCENE, "PNG"))),
+        PICTURE.format("the picture '.*a.png'"),
+    ),
+    Row(
+        "a phone's JPEG of two pictures",
+        lambda g: g.processor(videos=g.file("a.jpg", TWO_PICTURES)),
+        PICTURE.format("the picture '.*a.jpg'"),
+    ),
+    Row(
+        "a TIFF of pages, opened",
+        lambda g: g.processor(videos=Image.open(BytesIO(PAGES))),
+        PICTURE.format("TiffImageFile"),
+    ),
+    Row(
+        "phones' JPEGs of two pictures as frames",
+        lambda g: g.frames([Image.open(BytesIO(TWO_PICTURES))] * 5),
+        lambda g: g.frames([Image.open(BytesIO(encoded(SCENE, "JPEG")))] * 5),
+    ),
+    Row(
+        "both `fps` and `num_frames`", lambda g: g.frames(CLIP, fps=8, num_frames=5), "`fps` or `num_frames`, got both"
+    ),
+    Row(
+        "no frame of a video asked for", lambda g: g.frames(CLIP, num_frames=0), "`num_frames` must be positive, got 0"
+    ),
+    Row("at most no frame", lambda g: g.frames(CLIP, max_frames=0), "`max_frames` must be positive, got 0"),
+    Row(
+        "fewer indices than frames",
+        lambda g: g.frames(CLIP, video_metadata={"fps": 8, "frames_indices": [0, 1]}),
+        r"an ascending index for each of 5 frame\(s\), and `fps`, got 2 indices \[0, 1\] and fps=8",
+    ),
+    Row(
+        "indices without their rate",
+        lambda g: g.frames(CLIP, video_metadata={"frames_indices": [0, 1, 2, 3, 4]}),
+        "for each of 5 frame.*, and `fps`, got 5 indices .* and fps=None",
+    ),
     Row(
         "a film cut off",
         lambda g: g.frames(g.file("a.gif", encoded(SCENE, "GIF", **ANIMATION)[:-20])),

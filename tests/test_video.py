@@ -1,6 +1,7 @@
 """Pins how videos reach the model: which frames, when each was, where its tokens stand, what is refused."""
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 from transformers import AutoModel, pipeline
 
 from theworld import TheWorldConfig, TheWorldProcessor
-from theworld.videos_theworld import flatten_videos, read_video, sample_frames
+from theworld.videos_theworld import Clip, Sampling, flatten_videos, open_clip, open_file
 
 
 ROOT = Path(__file__).parent.parent
@@ -92,9 +93,20 @@ def test_frames_are_taken_at_the_rate_that_is_asked_for(processor):
     assert torch.equal(slower, all_frames[:, [0, 12, 24, 24, 24]])
 
 
+def on_screen(begins: list[float], **sampling) -> list[int]:
+    """The numbers of the frames that are read of a video whose frames begin at these seconds."""
+    numbered = Clip(
+        torch.tensor(begins, dtype=torch.float64),
+        lambda: nullcontext(zip(begins, range(len(begins)), strict=True)),
+        int,
+    )
+    times = Sampling(**{"fps": 8, "num_frames": None, "max_frames": 321, **sampling}).times(numbered)
+    return [number for number, count in numbered.frames_at(times) for _ in range(count)]
+
+
 def test_a_slower_videos_frames_stand_longer():
-    assert sample_frames(torch.tensor([0, 0.5, 1.0], dtype=torch.float64), fps=4).tolist() == [0, 0, 1, 1, 2]
-    assert sample_frames(torch.tensor([0, 0.1, 0.7], dtype=torch.float64), fps=10).tolist() == [0, 1, 1, 1, 1, 1, 1, 2]
+    assert on_screen([0, 0.5, 1.0], fps=4) == [0, 0, 1, 1, 2]
+    assert on_screen([0, 0.1, 0.7], fps=10) == [0, 1, 1, 1, 1, 1, 1, 2]
 
 
 def test_a_gif_keeps_its_own_time(processor, tmp_path):
@@ -103,8 +115,9 @@ def test_a_gif_keeps_its_own_time(processor, tmp_path):
     expected = ask(processor, [video[index] for index in (0, 0, 1, 1, 1, 1, 2)])
     for given in (path, str(path), Image.open(path)):
         assert torch.equal(ask(processor, given)["pixel_values_videos"], expected["pixel_values_videos"])
-    chosen, times = read_video(path, fps=4)
-    assert len(chosen) == 4 and times.tolist() == [0, 0.25, 0.5, 0.75]
+    clip = open_clip(open_file(str(path)), 4, {})
+    times = Sampling(fps=4, num_frames=None, max_frames=321).times(clip)
+    assert clip.begins.tolist() == [0, 0.25, 0.75] and times.tolist() == [0, 0.25, 0.5, 0.75]
 
 
 def test_a_video_is_a_list_or_an_array_of_frames_whatever_the_batch(processor):
