@@ -1,5 +1,5 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
-"""Images in whatever form they come, to RGB as a viewer shows them: upright, in 8 bits, on a white page."""
+"""Images in whatever form they come, to sRGB as a viewer shows them: upright, in 8 bits, on a white page."""
 
 import base64
 import os
@@ -11,7 +11,7 @@ from urllib.request import Request, url2pathname, urlopen
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 
 IMAGE_FORMS = "a PIL image, a uint8 array or tensor, a path, a URL or base64 text"
@@ -29,7 +29,7 @@ def read_images(images: Any, input_data_format: str | None = None) -> Any:
 
 def read_image(image: Any, input_data_format: str | None = None) -> Image.Image:
     """
-    An image as RGB; of an animation, the first frame.
+    An image as sRGB; of an animation, the first frame.
 
     Args:
         image: A PIL image, a path, a URL (`http://`, `https://`, `file://` or `data:`), base64 text, or a uint8 array
@@ -145,16 +145,42 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A decoded image as RGB: 16 bits scaled to 8, transparency over white."""
+    """A decoded image as sRGB: 16 bits scaled to 8, transparency over white."""
     if image.mode in ("I", "F"):
         raise ValueError(
             f"The image has 32 bits a channel (PIL's mode {image.mode!r}), which have no agreed range. Scale it to "
             "0..255 as you mean it to look, and give 8 bits."
         )
+    profile = image.info.get("icc_profile")
     if image.mode.startswith("I;16"):  # Pillow's own conversion makes all above 255 white
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if profile:
+        image = to_srgb(image, profile)
     if image.has_transparency_data:
         page = Image.new("RGBA", image.size, "white")
         page.alpha_composite(image.convert("RGBA"))
         image = page
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """
+    An image of 8 bits with its colors converted from those of an ICC profile.
+
+    A profile that is damaged, or made for other channels than the image has, is ignored, as browsers do.
+    """
+    channels = {"CMYK": "CMYK", "L": "L", "LA": "L", "1": "L"}.get(image.mode, "RGB")
+    transparent = image.convert("RGBA") if image.has_transparency_data else None
+    opaque = (transparent if transparent and channels == "RGB" else image).convert(channels)
+    try:
+        converted = ImageCms.profileToProfile(
+            opaque,
+            ImageCms.ImageCmsProfile(BytesIO(profile)),
+            ImageCms.createProfile("sRGB"),
+            outputMode="RGB",
+        )
+    except (OSError, ImageCms.PyCMSError):
+        return image
+    if transparent:
+        converted.putalpha(transparent.getchannel("A"))
+    return converted
