@@ -3,7 +3,7 @@
 Asks a TheWorld checkpoint about a picture or a clip, and shows what went in, what came out and where the time went.
 
     python demo.py PICTURE "question" ["question" ...]
-    python demo.py ANIMATION "question" ["question" ...]    a GIF, WebP or PNG of several frames
+    python demo.py CLIP "question" ["question" ...]    an MP4, WebM or other video, or a GIF, WebP or PNG that moves
     python demo.py --scene SEED     draws a scene and asks its own questions
 """
 
@@ -16,12 +16,14 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import AutoModel, AutoProcessor, BatchFeature, PreTrainedModel, ProcessorMixin
 from transformers.generation import BaseStreamer
 
 from look import attention_to_world, draw
 from recipe.scenes import Question, draw_scene
+from theworld.images_theworld import read_image
+from theworld.videos_theworld import is_video, open_clip, open_file
 
 
 # The bundled model is the repo itself.
@@ -56,8 +58,33 @@ IMAGE = Modality("image", "pixel_values", "world_latents")
 VIDEO = Modality("video", "pixel_values_videos", "world_latents_videos")
 
 
-def modality_of(picture: Image.Image) -> Modality:
-    return VIDEO if getattr(picture, "n_frames", 1) > 1 else IMAGE
+@dataclass(frozen=True)
+class Seen:
+    """
+    What is asked about.
+
+    Args:
+        modality: Whether it is an image or a video.
+        given: What the processor reads: a picture, or the path of a clip.
+        picture: It, or a clip's last frame, as it is drawn.
+        num_frames: Frames that a clip has.
+    """
+
+    modality: Modality
+    given: Image.Image | str
+    picture: Image.Image
+    num_frames: int = 1
+
+    @classmethod
+    def read(cls, path: str) -> "Seen":
+        file = open_file(path)
+        if not is_video(file):
+            picture = read_image(path)
+            return cls(IMAGE, picture, picture)
+        clip = open_clip(file, fps=1, metadata={})
+        last = clip.begins[-1:]
+        [(picture, _)] = clip.frames_at(last)
+        return cls(VIDEO, path, picture, len(clip.begins))
 
 
 class StageTimes(dict):
@@ -73,10 +100,10 @@ class StageTimes(dict):
         return "\n".join(f"  {name:<40}{seconds * 1000:>9.1f} ms" for name, seconds in self.items())
 
 
-def make_inputs(processor: ProcessorMixin, picture: Image.Image, question: str) -> BatchFeature:
+def make_inputs(processor: ProcessorMixin, seen: Seen, question: str) -> BatchFeature:
     """A question about a picture or a clip, as the model reads it."""
-    modality = modality_of(picture).name
-    content = [{"type": modality, modality: picture}, {"type": "text", "text": question}]
+    modality = seen.modality.name
+    content = [{"type": modality, modality: seen.given}, {"type": "text", "text": question}]
     return processor.apply_chat_template(
         [{"role": "user", "content": content}],
         add_generation_prompt=True,
@@ -86,15 +113,15 @@ def make_inputs(processor: ProcessorMixin, picture: Image.Image, question: str) 
     )
 
 
-def encode(model: PreTrainedModel, processor: ProcessorMixin, picture: Image.Image) -> torch.Tensor:
+def encode(model: PreTrainedModel, processor: ProcessorMixin, seen: Seen) -> torch.Tensor:
     """The latents, which all questions share."""
-    times, modality = StageTimes(), modality_of(picture)
+    times = StageTimes()
     with times.stage("process the picture"):
-        pixels = make_inputs(processor, picture, "")[modality.pixels]
+        pixels = make_inputs(processor, seen, "")[seen.modality.pixels]
     with times.stage("encode the picture"), torch.no_grad():
         latents = model.get_world_latents(pixels)
-    frames = f"{picture.n_frames} frames of " if modality is VIDEO else ""
-    print(f"Picture   {frames}{picture.width}x{picture.height} pixels, read as {list(pixels.shape)}")
+    frames = f"{seen.num_frames} frames of " if seen.modality is VIDEO else ""
+    print(f"Picture   {frames}{seen.picture.width}x{seen.picture.height} pixels, read as {list(pixels.shape)}")
     print(f"Latents   {list(latents.shape)}, {latents.dtype}")
     print(times)
     return latents
@@ -103,17 +130,17 @@ def encode(model: PreTrainedModel, processor: ProcessorMixin, picture: Image.Ima
 def ask(
     model: PreTrainedModel,
     processor: ProcessorMixin,
-    picture: Image.Image,
+    seen: Seen,
     latents: torch.Tensor,
     question: str,
     max_new_tokens: int,
 ) -> tuple[str, BatchFeature]:
     """Answers a question about a picture by its latents; prints the prompt, the counts, the answer and the times."""
-    times, modality = StageTimes(), modality_of(picture)
+    times = StageTimes()
     with times.stage("process the question"):
-        inputs = make_inputs(processor, picture, question)
-        del inputs[modality.pixels]
-        inputs[modality.latents] = latents
+        inputs = make_inputs(processor, seen, question)
+        del inputs[seen.modality.pixels]
+        inputs[seen.modality.latents] = latents
     prompt = inputs["input_ids"][0]
 
     clock = TokenClock()
@@ -142,7 +169,7 @@ def parse_arguments() -> argparse.Namespace:
         description="Ask a TheWorld checkpoint about a picture or a clip.",
         usage="%(prog)s [options] PICTURE QUESTION [QUESTION ...]\n       %(prog)s [options] --scene SEED",
     )
-    parser.add_argument("picture", nargs="?", help="an image file; of several frames it is a clip")
+    parser.add_argument("picture", nargs="?", help="a file of an image or of a video")
     parser.add_argument("questions", nargs="*", metavar="question")
     parser.add_argument("--scene", type=int, metavar="SEED", help="draw this scene, and ask its own questions")
     parser.add_argument("--model", default=BUNDLED, metavar="FOLDER_OR_REPO", help="instead of the bundled model")
@@ -158,26 +185,23 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def read_input(args: argparse.Namespace) -> tuple[Image.Image, list[Question]]:
-    """The picture and the questions; those of `--scene` come with their answers."""
+def read_input(args: argparse.Namespace) -> tuple[Seen, list[Question]]:
+    """What is asked about, and the questions; those of `--scene` come with their answers."""
     if args.scene is not None:
         scene = draw_scene(args.scene)
-        return scene.image, scene.questions[:QUESTIONS_PER_SCENE]
+        return Seen(IMAGE, scene.image, scene.image), scene.questions[:QUESTIONS_PER_SCENE]
     try:
-        picture = Image.open(args.picture)
-        picture.load()
-        if modality_of(picture) is IMAGE:
-            picture = ImageOps.exif_transpose(picture)
-    except Exception as error:  # each of Pillow's decoders has errors of its own
-        raise ValueError(f"{args.picture} cannot be read as a picture: {error}") from error
-    return picture, [Question("given", text, "") for text in args.questions]
+        seen = Seen.read(args.picture)
+    except ValueError as error:
+        raise ValueError(f"{args.picture} cannot be read as a picture or a clip: {error}") from error
+    return seen, [Question("given", text, "") for text in args.questions]
 
 
 def main() -> int:
     args = parse_arguments()
     try:
         show(args)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         print(f"demo.py: error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -185,7 +209,7 @@ def main() -> int:
 
 def show(args: argparse.Namespace) -> None:
     """Answers the questions, and draws what was looked at."""
-    picture, questions = read_input(args)
+    seen, questions = read_input(args)
     times = StageTimes()
     with times.stage("load the model"):
         model = AutoModel.from_pretrained(args.model, trust_remote_code=True).eval()
@@ -193,11 +217,11 @@ def show(args: argparse.Namespace) -> None:
     print(f"Model     {args.model}, {model.num_parameters():,} parameters, {model.dtype}")
     print(times)
 
-    latents = encode(model, processor, picture)
+    latents = encode(model, processor, seen)
     answers = []
     for question in questions:
         print()
-        answer, inputs = ask(model, processor, picture, latents, question.text, args.max_new_tokens)
+        answer, inputs = ask(model, processor, seen, latents, question.text, args.max_new_tokens)
         if question.answer:
             print(f"Expected  {question.answer}")
             answer += "  (right)" if answer == question.answer else f"  (wrong: it is {question.answer})"
@@ -205,10 +229,9 @@ def show(args: argparse.Namespace) -> None:
 
     if args.save:
         looks = [(text, answer, attention_to_world(model, inputs)) for text, answer, inputs in answers]
-        if modality_of(picture) is VIDEO:
-            picture.seek(picture.n_frames - 1)
+        if seen.modality is VIDEO:
             latents = latents[:, -1]
-        draw(picture, looks, latents).save(args.save)
+        draw(seen.picture, looks, latents).save(args.save)
         print(f"\nDrawn in  {args.save}")
 
 

@@ -5,7 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from films import write_film
 from PIL import Image
 
 from recipe.clips import make_clip
@@ -70,6 +72,20 @@ def test_a_clip_is_read_as_one(tmp_path):
     assert "9 frames of 64x64 pixels, read as [1, 9, 3, 64, 64]" in printed and "[1, 3, 16, 8, 8]" in printed
     assert "0.000s<start_of_world><world_video> x 64<end_of_world>0.500s<start_of_world>" in printed
     assert "192 of them world tokens" in printed and f"Answer    {right.answer}\n" in printed
+    with Image.open(tmp_path / "clip.png") as drawn:
+        assert drawn.width > 2 * 256
+
+
+def test_an_mp4_is_read_as_a_clip(tmp_path):
+    clip = make_clip(SPLITS["test"][2])
+    right = next(question for question in clip.questions if question.kind == "direction")
+    frames = [np.asarray(frame) for frame in clip.frames]
+    film = write_film(frames, [number / 8 for number in range(9)], codec="libx264rgb", pixels="rgb24")
+    (tmp_path / "clip.mp4").write_bytes(film)
+    printed = run_demo(str(tmp_path / "clip.mp4"), right.text, "--save", str(tmp_path / "clip.png"))
+    assert (
+        "9 frames of 64x64 pixels, read as [1, 9, 3, 64, 64]" in printed and f"Answer    {right.answer}\n" in printed
+    )
     with Image.open(tmp_path / "clip.png") as drawn:
         assert drawn.width > 2 * 256
 
