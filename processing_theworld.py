@@ -462,8 +462,12 @@ class TheWorldProcessor(ProcessorMixin):
     ) -> tuple[dict, list[str]]:
         """`pixel_values_videos`, and the text that stands for each video: times, and world tokens' places."""
         videos = flatten_videos(videos)
-        if not videos or not world:
-            return {}, [""] * len(videos)
+        if not videos:
+            return {}, []
+        if not world:
+            raise ValueError(
+                "`world=False` leaves nothing of a video, which Gemma's own vision does not read. Leave it out."
+            )
         if fps is not None and num_frames is not None:
             raise ValueError(f"Give `fps` or `num_frames`, got both: {fps} and {num_frames}.")
         sampling = Sampling(
