@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import httpx
 import load
 import numpy as np
 import pytest
@@ -29,6 +28,8 @@ from theworld.images_theworld import read_image
 ROOT = Path(__file__).parent.parent
 SCREENSHOT = ROOT / "build" / "web.png"
 QUESTION = "Where is the yellow star from the blue star?"
+
+httpx = pytest.importorskip("httpx")  # comes with gradio
 
 pytestmark = pytest.mark.web
 
