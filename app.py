@@ -24,7 +24,6 @@ from typing import Any
 
 import gradio as gr
 import torch
-from gradio.data_classes import ImageData
 from PIL import Image
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
@@ -227,9 +226,9 @@ class Answering:
 
 @dataclass
 class Visit:
-    """The picture that somebody's page shows since it was changed, and the answer that is on its way to the page."""
+    """The path of the picture that a page shows since it was changed, and the answer that is on its way to it."""
 
-    file: str | None = NOT_CHANGED
+    picture: str | None = NOT_CHANGED
     answering: Answering | None = None
 
 
@@ -296,18 +295,9 @@ def stream(inputs: BatchFeature) -> Iterator[tuple[str, TimedStreamer]]:
     yield answer.strip(), streamer
 
 
-class Picture(gr.Image):
-    """Gives the uploaded file itself: Gradio's own reading makes what is transparent black, and cuts 16 bits off."""
-
-    is_template = True  # it is drawn as its base class
-
-    def preprocess(self, payload: ImageData | None) -> str | None:
-        return payload.path if payload else None
-
-
-def read_picture(file: str) -> Image.Image:
-    """As `read_image`, but names an uploaded file as its owner did."""
-    name = Path(file).name
+def read_picture(upload: dict) -> Image.Image:
+    """As `read_image`, of a file as Gradio describes it in its `path`; errors name it as its owner did."""
+    file, name = upload["path"], Path(upload["path"]).name
     if not Path(file).is_file():
         raise ValueError(f"{name!r} is no longer kept here. Give the picture again.")
     try:
@@ -321,12 +311,13 @@ def identity(picture: Image.Image) -> str:
     return sha256(f"{picture.mode} {picture.size} ".encode() + picture.tobytes()).hexdigest()
 
 
-def ask(file: str | None, question: str, compare: bool, talk: Conversation, scene: Scene) -> Iterator[tuple]:
+def ask(picture: dict | None, question: str, compare: bool, talk: Conversation, scene: Scene) -> Iterator[tuple]:
     """
     Answers about an uploaded picture with world tokens, then, if `compare`, without.
 
     Args:
-        file: The picture.
+        picture: The uploaded file, as Gradio describes it. It is read here: Gradio's own reading makes what is
+            transparent black, and all above 255 in 16 bits white.
         question: What is asked about it.
         compare: Whether to answer without world tokens, too.
         talk: The session's conversation. It goes on if the picture is the same, and begins anew if not.
@@ -340,11 +331,11 @@ def ask(file: str | None, question: str, compare: bool, talk: Conversation, scen
             conversation is then as it was.
     """
     try:
-        if file is None or not question or not question.strip():
+        if not (picture and picture["path"] and isinstance(question, str) and question.strip()):
             raise ValueError("Give a picture and a question.")
         if len(question) > MAX_CHARACTERS:
             raise ValueError(f"Ask in {MAX_CHARACTERS} characters; this has {len(question)}.")
-        yield from answer(read_picture(file), question.strip(), compare, talk, scene)
+        yield from answer(read_picture(picture), question.strip(), compare, talk, scene)
     except ValueError as error:
         raise gr.Error(str(error), print_exception=False) from error
 
@@ -384,14 +375,14 @@ def shown(talk: Conversation, overlay: Path | None, note: str, kept: Conversatio
 
 
 def ask_here(
-    file: str | None, question: str, compare: bool, talk: Conversation, scene: Scene, visit: Visit
+    picture: dict | None, question: str, compare: bool, talk: Conversation, scene: Scene, visit: Visit
 ) -> Iterator[tuple]:
     """`ask` for the page, which shows in words what is refused, and keeps the question to be mended."""
     answering = visit.answering = Answering()
     try:
-        if visit.file not in (NOT_CHANGED, file):
+        if visit.picture not in (NOT_CHANGED, picture and picture["path"]):
             return  # it waited while another picture was given
-        for kept, messages, blind_messages, *others in ask(file, question, compare, talk, scene):
+        for kept, messages, blind_messages, *others in ask(picture, question, compare, talk, scene):
             if answering.stopped.is_set():
                 return
             yield kept, as_text(messages), as_text(blind_messages), *others, "", ""
@@ -403,16 +394,16 @@ def ask_here(
         answering.ended.set()
 
 
-def start_again(file: str | None, visit: Visit) -> tuple:
+def start_again(picture: dict | None, visit: Visit) -> tuple:
     """A new conversation for the page, and what the reader says of the picture if it cannot read it."""
-    visit.file = file
+    visit.picture = picture and picture["path"]
     if visit.answering:
         visit.answering.stopped.set()
         visit.answering.ended.wait(MAX_SECONDS)  # or what it showed last would come after what is shown here
     said = ""
     try:
-        if file is not None:
-            read_picture(file)
+        if visit.picture:
+            read_picture(picture)
     except ValueError as error:
         said = refusal(str(error))
     return *shown(Conversation(), None, "", Conversation()), said, ""
@@ -455,7 +446,7 @@ with gr.Blocks(title="TheWorld", delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as p
     visit = gr.State(Visit(), time_to_live=KEPT_SECONDS)
     with gr.Row():
         with gr.Column(scale=2, min_width=260, elem_id="left"):
-            picture = Picture(
+            picture = gr.Image(
                 first_picture,
                 format="png",
                 label="Picture",
@@ -510,7 +501,7 @@ with gr.Blocks(title="TheWorld", delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as p
 
     given, answered = [picture, question, compare, talk, scene], [talk, chat, blind_chat, overlay, note]
     on_page = [*answered, refused, question]
-    gr.on([], ask, given, answered, api_name="ask", concurrency_id="model")
+    gr.on([], ask, given, answered, api_name="ask", concurrency_id="model", preprocess=False)
     asking = gr.on(
         [send.click, question.submit],
         ask_here,
@@ -518,6 +509,7 @@ with gr.Blocks(title="TheWorld", delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as p
         on_page,
         api_visibility="private",
         concurrency_id="model",
+        preprocess=False,
     )
     compare.change(None, compare, blind_chat, js="(on) => ({__type__: 'update', visible: on})")
     questions.click(lambda sample: sample[0], questions, question, api_visibility="private")
@@ -531,6 +523,7 @@ with gr.Blocks(title="TheWorld", delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as p
             cancels=asking,  # takes it out of the queue; `start_again` ends it where it runs already
             api_visibility="private",
             concurrency_limit=4,
+            preprocess=False,
         )
 
 

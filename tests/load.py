@@ -192,7 +192,8 @@ def web(address: str, process: int, number: int, folder: Path) -> dict[str, Any]
     page.alpha_composite(clear)
     page.convert("RGB").save(folder / "page.png")
     (folder / "none.png").write_bytes(b"not an image")
-    good, long, tokens = ["What shape is it?", "How many circles are there?"], "a" * 2000, "\N{GRINNING FACE}" * 1000
+    good, long = ["What shape is the blue object? " * 5, "How many circles are there?"], "a" * 2000
+    tokens = "\N{GRINNING FACE}" * 1000  # four each, which is too much after the first question
     requests += [
         Request(conversation("clear.png", good), conversation("page.png", good)(None)),
         Request(

@@ -518,7 +518,7 @@ def test_no_route_reads_a_file_that_was_not_uploaded(address, tmp_path, route):
         for data in ([file, "What is it?", False], [None, file, False], [None, "What is it?", [file]]):
             bodies = [{"data": data}]
             if route == "call/v2/ask":
-                bodies = [dict(zip(("file", "question", "compare"), data, strict=True))]
+                bodies = [dict(zip(("picture", "question", "compare"), data, strict=True))]
             elif route == "queue/join":
                 bodies = [{"data": data, "fn_index": index, "session_hash": "mine"} for index in range(8)]
             for body in bodies:
