@@ -158,9 +158,10 @@ def test_saved_quantized_it_reloads_with_the_same_logits(quantized, setting, pho
 def rows(tmp_path_factory):
     from training import write_conversations
 
-    from conversations import load_conversations
+    from conversations import ConversationCollator, load_conversations
 
-    return load_conversations(str(write_conversations(tmp_path_factory.mktemp("dataset"))), "train")
+    collator = ConversationCollator(AutoProcessor.from_pretrained(ROOT, trust_remote_code=True))
+    return load_conversations(str(write_conversations(tmp_path_factory.mktemp("dataset"))), "train", collator)
 
 
 @with_libraries
