@@ -7,7 +7,7 @@ HARNESS := .venv-harness
 AUDIT := .venv-audit
 CANARY := .venv-canary
 # One thread a worker: two of two threads each fight over two cores.
-PYTEST := -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+PYTEST := -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 EXTRAS := test,train
 CANARY_TESTS := $(addprefix tests/test_,configuration.py convert_weights.py demo.py encoder.py modeling.py processing.py run_it.py user_route.py video.py vision.py)
 

@@ -172,6 +172,10 @@ class TheWorldPreTrainedModel(PreTrainedModel):
     # Quantizers skip these, whatever else they are told to skip. By full names, with a head and without.
     _keep_in_fp32_modules = [*WHOLE, *(f"model.{name}" for name in WHOLE)]
 
+    def post_init(self):
+        super().post_init()
+        self._keep_in_fp32_modules &= {name for name, _ in self.named_modules()}
+
     def _get_dtype_plan(self, dtype: torch.dtype) -> dict:
         """As transformers' own, but float16 means float16 for what quantizers skip, too."""
         plan = super()._get_dtype_plan(dtype)
