@@ -173,6 +173,7 @@ class TheWorldPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules = [*WHOLE, *(f"model.{name}" for name in WHOLE)]
 
     def post_init(self):
+        """As transformers' own, and `_keep_in_fp32_modules` names only modules that this model has."""
         super().post_init()
         self._keep_in_fp32_modules &= {name for name, _ in self.named_modules()}
 
