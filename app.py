@@ -49,7 +49,6 @@ Image.MAX_IMAGE_PIXELS = 2**24
 # The page's own folder for what is uploaded or drawn here. Gradio gives each file a name that nobody else can guess.
 uploads = TemporaryDirectory(prefix="theworld-", dir=os.environ.get("GRADIO_TEMP_DIR"))
 UPLOADS = os.environ["GRADIO_TEMP_DIR"] = os.path.realpath(uploads.name)
-NOT_CHANGED = ""  # in place of a picture's path
 # The only endpoints of Gradio that take something from the page or from a client.
 ENDPOINTS = ("upload", "queue/join", "call/ask", "call/v2/ask", "cancel", "reset")
 CSS = """
@@ -217,19 +216,12 @@ class Scene:
     answers: dict[str, str]
 
 
-class Answering:
-    """An answer that goes on until it is `stopped`, and then is `ended`."""
-
-    def __init__(self):
-        self.stopped, self.ended = Event(), Event()
-
-
-@dataclass
 class Visit:
-    """The path of the picture that a page shows since it was changed, and the answer that is on its way to it."""
+    """How many questions a page has asked, which of them awaits its answer (0: none), and when the last one ended."""
 
-    picture: str | None = NOT_CHANGED
-    answering: Answering | None = None
+    asked: int = 0
+    awaited: int = 0
+    ended: Event | None = None
 
 
 class TimedStreamer(TextIteratorStreamer):
@@ -374,16 +366,28 @@ def shown(talk: Conversation, overlay: Path | None, note: str, kept: Conversatio
     return kept, talk.messages(), talk.messages(blind=True), overlay, note
 
 
+def number_question(visit: Visit) -> int:
+    """The number of a question that the page asks now; 0 while it still awaits another answer."""
+    if visit.awaited:
+        return 0
+    visit.asked += 1
+    visit.awaited = visit.asked
+    return visit.asked
+
+
 def ask_here(
-    picture: dict | None, question: str, compare: bool, talk: Conversation, scene: Scene, visit: Visit
+    picture: dict | None, question: str, compare: bool, talk: Conversation, scene: Scene, visit: Visit, number: int
 ) -> Iterator[tuple]:
-    """`ask` for the page, which shows in words what is refused, and keeps the question to be mended."""
-    answering = visit.answering = Answering()
+    """
+    `ask` for the page, which shows in words what is refused, and keeps the question to be mended. It ends without a
+    word once the page no longer awaits the answer to the question of this number.
+    """
+    visit.ended = ended = Event()
     try:
-        if visit.picture not in (NOT_CHANGED, picture and picture["path"]):
-            return  # it waited while another picture was given
+        if not number or number != visit.awaited:
+            return
         for kept, messages, blind_messages, *others in ask(picture, question, compare, talk, scene):
-            if answering.stopped.is_set():
+            if number != visit.awaited:
                 return
             yield kept, as_text(messages), as_text(blind_messages), *others, "", ""
     except gr.Error as error:
@@ -391,18 +395,19 @@ def ask_here(
         hint = " Clearing a chat starts a new conversation." if talk.turns else ""
         yield talk, *chats, gr.skip(), gr.skip(), refusal(error.message + hint), question
     finally:
-        answering.ended.set()
+        if number == visit.awaited:
+            visit.awaited = 0
+        ended.set()
 
 
 def start_again(picture: dict | None, visit: Visit) -> tuple:
     """A new conversation for the page, and what the reader says of the picture if it cannot read it."""
-    visit.picture = picture and picture["path"]
-    if visit.answering:
-        visit.answering.stopped.set()
-        visit.answering.ended.wait(MAX_SECONDS)  # or what it showed last would come after what is shown here
+    visit.awaited = 0
+    if visit.ended:
+        visit.ended.wait(MAX_SECONDS)  # or what an answer showed last would come after what is shown here
     said = ""
     try:
-        if visit.picture:
+        if picture and picture["path"]:
             read_picture(picture)
     except ValueError as error:
         said = refusal(str(error))
@@ -502,14 +507,23 @@ with gr.Blocks(title="TheWorld", delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as p
     given, answered = [picture, question, compare, talk, scene], [talk, chat, blind_chat, overlay, note]
     on_page = [*answered, refused, question]
     gr.on([], ask, given, answered, api_name="ask", concurrency_id="model", preprocess=False)
-    asking = gr.on(
+    number = gr.Number(0, visible=False)
+    gr.on(
         [send.click, question.submit],
+        number_question,
+        visit,
+        number,
+        api_visibility="private",
+        concurrency_id="visit",
+        concurrency_limit=8,
+    ).then(
         ask_here,
-        [*given, visit],
+        [*given, visit, number],
         on_page,
         api_visibility="private",
         concurrency_id="model",
         preprocess=False,
+        trigger_mode="multiple",
     )
     compare.change(None, compare, blind_chat, js="(on) => ({__type__: 'update', visible: on})")
     questions.click(lambda sample: sample[0], questions, question, api_visibility="private")
@@ -520,9 +534,8 @@ with gr.Blocks(title="TheWorld", delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as p
             start_again,
             [picture, visit],
             on_page,
-            cancels=asking,  # takes it out of the queue; `start_again` ends it where it runs already
             api_visibility="private",
-            concurrency_limit=4,
+            concurrency_id="visit",
             preprocess=False,
         )
 
