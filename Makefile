@@ -49,7 +49,7 @@ test-real-size: $(VENV)/.installed
 
 # The bundled model from nothing: hours on 2 cores. It goes on where it was interrupted.
 train: $(VENV)/.installed
-	$(PYTHON) -m recipe.train
+	$(PYTHON) -m recipe.pipeline
 
 # What it answers about scenes it never saw, and without its world tokens; needs what `train` left in build/recipe.
 evaluate: $(VENV)/.installed
@@ -57,7 +57,7 @@ evaluate: $(VENV)/.installed
 
 # LoRA teaches the bundled model a kind of question that it was not trained on: ten minutes.
 new-kind: $(VENV)/.installed
-	$(PYTHON) -m recipe.new_kind
+	$(PYTHON) -m recipe.lora_new_question
 
 # Speed and memory against diffusers and Gemma alone: a quarter of an hour on 2 cores with nothing else on them.
 benchmark: $(VENV)/.installed

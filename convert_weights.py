@@ -46,7 +46,8 @@ from transformers import (
 )
 
 from theworld import TheWorldConfig, TheWorldEncoderConfig, TheWorldForConditionalGeneration, TheWorldProcessor
-from theworld.checkpoints import (
+from theworld.checkpoints.atomic import complete_or_absent, write_sums
+from theworld.checkpoints.verify import (
     Checkpoint,
     CheckpointError,
     Verification,
@@ -57,7 +58,6 @@ from theworld.checkpoints import (
 )
 from theworld.configuration_theworld import UNSUPPORTED_VAE_FIELDS
 from theworld.encoder_theworld import TheWorldEncoder
-from theworld.folders import complete_or_absent, write_sums
 
 
 VAE_CLASS = "AutoencoderKLWan"
@@ -81,15 +81,15 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 # A shard is held in memory while it is written; Gemma 2 2B's embedding alone is 1.2 GB.
 MAX_SHARD_SIZE = "1GB"
 MODEL_FILES = (
-    "checks_theworld.py",
+    "validation_theworld.py",
     "configuration_theworld.py",
     "encoder_theworld.py",
-    "frames_theworld.py",
+    "wan_blocks_theworld.py",
     "images_theworld.py",
     "modeling_theworld.py",
     "padding_theworld.py",
     "processing_theworld.py",
-    "streams_theworld.py",
+    "modalities_theworld.py",
     "versions_theworld.py",
     "videos_theworld.py",
 )

@@ -8,9 +8,9 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, Wa
 from torch import nn
 from transformers.utils import torch_compilable_check
 
-from .checks_theworld import check_floating
 from .configuration_theworld import TheWorldEncoderConfig
-from .frames_theworld import use_frame_modules
+from .validation_theworld import check_floating
+from .wan_blocks_theworld import use_frame_modules
 
 
 # Images are encoded together up to so many pixels, which bounds memory: one of 256 x 256 on a CPU, where more at once

@@ -39,7 +39,10 @@ from transformers.utils import (
     torch_compilable_check,
 )
 
-from .checks_theworld import (
+from .configuration_theworld import TheWorldConfig
+from .encoder_theworld import TheWorldEncoder
+from .modalities_theworld import STREAMS, VISION_TYPE, Stream, check_whole, create_block_masks
+from .validation_theworld import (
     check_asked,
     check_context,
     check_floating,
@@ -47,9 +50,6 @@ from .checks_theworld import (
     check_latents,
     check_prompts,
 )
-from .configuration_theworld import TheWorldConfig
-from .encoder_theworld import TheWorldEncoder
-from .streams_theworld import STREAMS, VISION_TYPE, Stream, check_whole, create_block_masks
 from .versions_theworld import CACHE_NAME, accepts_past_key_values, create_masks_for_generate, takes_cache
 
 

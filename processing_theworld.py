@@ -24,9 +24,9 @@ from transformers.processing_utils import ImagesKwargs, MultiModalData, Processi
 from transformers.utils import PROCESSOR_NAME
 from transformers.video_utils import VideoInput, VideoMetadataType
 
-from .checks_theworld import check_conversation, check_text
 from .images_theworld import read_images
 from .padding_theworld import without_shared_settings
+from .validation_theworld import check_conversation, check_text
 from .videos_theworld import (
     Clip,
     Sampling,

@@ -14,9 +14,8 @@ import statistics
 import tempfile
 from pathlib import Path
 
-import precompute_latents
-import train
-from recipe.new_kind import write_conversations
+from recipe.lora_new_question import write_conversations
+from theworld.training import precompute_latents, train
 
 
 ROOT = Path(__file__).parents[1]

@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from theworld import TheWorldForConditionalGeneration, TheWorldProcessor
+from theworld.evaluation.scenes import SIZE, SPLITS, Scene, draw_scene
 
-from .conversations import AnswerLoss, RowMaker
 from .gemma import matrices_of
-from .scenes import SIZE, SPLITS, Scene, draw_scene
-from .training import train
+from .sequences import AnswerLoss, RowMaker
+from .trainer import train
 
 
 BATCH_SIZE = 16

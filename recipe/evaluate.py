@@ -4,7 +4,7 @@ What the trained models answer about scenes and clips they never saw, and what i
 
     python -m recipe.evaluate
 
-reads the bundled model in the repo's root and the others that `python -m recipe.train` left in `build/recipe`, and
+reads the bundled model in the repo's root and the others that `python -m recipe.pipeline` left in `build/recipe`, and
 writes `results/evaluation.json`, `.md` and `.png`. What is there of a model that is not at hand stays as it was, with
 the SHA-256 of its weights.
 """
@@ -31,10 +31,10 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from theworld import TheWorldForConditionalGeneration, TheWorldProcessor
+from theworld.evaluation.clips import CLIP_KINDS, Clip, make_clip
+from theworld.evaluation.scenes import KINDS, SPLITS, Question, Scene, draw_scene
 
-from .clips import CLIP_KINDS, Clip, make_clip
-from .scenes import KINDS, SPLITS, Question, Scene, draw_scene
-from .train import RECIPE, RESULTS, ROOT, Length
+from .pipeline import RECIPE, RESULTS, ROOT, Length
 
 
 QUESTIONS_PER_KIND = 300

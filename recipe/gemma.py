@@ -14,9 +14,10 @@ from tokenizers.trainers import BpeTrainer
 from torch import nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GemmaTokenizer, GenerationConfig
 
-from .conversations import AnswerLoss, RowMaker
-from .scenes import SPLITS, draw_scene
-from .training import train
+from theworld.evaluation.scenes import SPLITS, draw_scene
+
+from .sequences import AnswerLoss, RowMaker
+from .trainer import train
 
 
 BATCH_SIZE = 16

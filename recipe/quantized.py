@@ -15,7 +15,7 @@ from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, Per
 from transformers import AutoModel, AutoProcessor, BitsAndBytesConfig, TorchAoConfig
 
 from .evaluate import CONDITIONS, QUESTIONS_PER_KIND, Case, answer, held_out_cases, score
-from .train import RESULTS, ROOT
+from .pipeline import RESULTS, ROOT
 
 
 # How Gemma's matrices are held; None is as saved.

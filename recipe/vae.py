@@ -10,10 +10,10 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import nn
 from torch.nn import functional as F
 
-from theworld.frames_theworld import use_frame_modules
+from theworld.evaluation.scenes import SPLITS, draw_scene
+from theworld.wan_blocks_theworld import use_frame_modules
 
-from .scenes import SPLITS, draw_scene
-from .training import train
+from .trainer import train
 
 
 BATCH_SIZE = 16

@@ -24,8 +24,8 @@ from PIL import Image  # noqa: E402
 from tiny_sources import TEXT_CONFIGS, make_gemma, make_multimodal_gemma, make_pipeline  # noqa: E402
 from transformers import AutoModel, AutoProcessor  # noqa: E402
 
-import convert_weights  # noqa: E402
-from recipe.scenes import SPLITS, draw_scene  # noqa: E402
+from theworld import convert_weights  # noqa: E402
+from theworld.evaluation.scenes import SPLITS, draw_scene  # noqa: E402
 
 
 ROOT = Path(__file__).parent.parent

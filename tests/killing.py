@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from theworld.folders import SUMS, check_sums
+from theworld.checkpoints.atomic import SUMS, check_sums
 
 
 # Operations that change which folder is where: each is a moment. Of the others there are too many.
@@ -97,7 +97,7 @@ def state(output: Path) -> str | None:
 
 def kill_conversions(vae: str, gemma: str, output: Path, number: int) -> dict[str, int]:
     """Converts in turns to two dtypes; each time there must be one of the two, complete."""
-    import convert_weights
+    from theworld import convert_weights
 
     def convert(dtype: str) -> int:
         arguments = ["--vae", vae, "--gemma", gemma, "--output", str(output), "--image-size", "64", "--dtype", dtype]
@@ -120,9 +120,8 @@ def kill_conversions(vae: str, gemma: str, output: Path, number: int) -> dict[st
 
 def kill_trainings(model: str, dataset: str, output: Path, number: int) -> dict[str, int]:
     """Trains and saves at each step; the two checkpoints and the model of the first run must stay, or new ones be."""
+    from theworld.training import train
     from training import options_of
-
-    import train
 
     options = {"model": model, "dataset": dataset, "output_dir": output, "save_strategy": "steps", "save_steps": 1}
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 from tqdm import tqdm
 
-from recipe.scenes import SPLITS, draw_scene
+from theworld.evaluation.scenes import SPLITS, draw_scene
 
 
 ROOT = Path(__file__).parent.parent

@@ -26,12 +26,12 @@ from test_determinism import THREADS, answer
 from test_files import kill
 from tiny_sources import TEXT_CONFIGS, make_gemma, make_multimodal_gemma, make_pipeline
 from tqdm import tqdm
-from training import write_conversations
 from transformers import AutoModel, AutoProcessor
 
-import convert_weights
 from benchmarks.__main__ import describe_machine
-from recipe.scenes import SPLITS, draw_scene
+from theworld import convert_weights
+from theworld.evaluation.scenes import SPLITS, draw_scene
+from training import write_conversations
 
 
 ROOT = Path(__file__).parent.parent

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch.distributed.tensor import DTensor
 
-from train import main
+from theworld.training.train import main
 
 
 trainer = main()

@@ -10,9 +10,9 @@ from conftest import chat
 from fresh import run_fresh
 from transformers import AutoModel, AutoProcessor
 
-from recipe.clips import CLIP_KINDS
 from recipe.evaluate import CONDITIONS, LAST_FRAME, answer, held_out_cases, held_out_clips, score, table
-from recipe.scenes import KINDS, SPLITS, draw_scene
+from theworld.evaluation.clips import CLIP_KINDS
+from theworld.evaluation.scenes import KINDS, SPLITS, draw_scene
 
 
 ROOT = Path(__file__).parent.parent

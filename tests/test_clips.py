@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
-from recipe.clips import CLIP_KINDS, GAP, NUM_FRAMES, WAYS, make_clip
-from recipe.scenes import COLOURS, SIZE, SPLITS
+from theworld.evaluation.clips import CLIP_KINDS, GAP, NUM_FRAMES, WAYS, make_clip
+from theworld.evaluation.scenes import COLOURS, SIZE, SPLITS
 
 
 ROOT = Path(__file__).parent.parent

@@ -24,9 +24,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-import convert_weights
-from convert_weights import CheckpointError, map_gemma_key, map_vae_key
-from theworld import TheWorldForConditionalGeneration
+from theworld import TheWorldForConditionalGeneration, convert_weights
+from theworld.convert_weights import CheckpointError, map_gemma_key, map_vae_key
 
 
 @pytest.fixture
@@ -118,11 +117,11 @@ def test_the_folder_is_a_complete_model_repo(checkpoint):
         "README.md",
         "SHA256SUMS",
         "chat_template.jinja",
-        "checks_theworld.py",
+        "validation_theworld.py",
         "config.json",
         "configuration_theworld.py",
         "encoder_theworld.py",
-        "frames_theworld.py",
+        "wan_blocks_theworld.py",
         "generation_config.json",
         "images_theworld.py",
         "model.safetensors",
@@ -130,7 +129,7 @@ def test_the_folder_is_a_complete_model_repo(checkpoint):
         "padding_theworld.py",
         "processing_theworld.py",
         "processor_config.json",
-        "streams_theworld.py",
+        "modalities_theworld.py",
         "tokenizer.json",
         "tokenizer_config.json",
         "versions_theworld.py",

@@ -10,8 +10,8 @@ import pytest
 from films import write_film
 from PIL import Image
 
-from recipe.clips import make_clip
-from recipe.scenes import SPLITS, draw_scene
+from theworld.evaluation.clips import make_clip
+from theworld.evaluation.scenes import SPLITS, draw_scene
 
 
 ROOT = Path(__file__).parent.parent

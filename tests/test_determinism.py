@@ -10,7 +10,7 @@ from conftest import chat
 from fresh import load_fresh
 from transformers import AutoModel, AutoProcessor, set_seed
 
-from recipe.scenes import SPLITS, draw_scene
+from theworld.evaluation.scenes import SPLITS, draw_scene
 
 
 ROOT = Path(__file__).parent.parent

@@ -16,14 +16,13 @@ import transformers
 from fresh import load_fresh
 from packaging import version
 from safetensors.torch import load_file
-from training import run_train, write_conversations
 
-import convert_weights
-import precompute_latents
-from recipe.scenes import draw_scene
-from theworld import TheWorldForConditionalGeneration, TheWorldProcessor
+from theworld import TheWorldForConditionalGeneration, TheWorldProcessor, convert_weights
+from theworld.evaluation.scenes import draw_scene
 from theworld.modeling_theworld import TheWorldModel
-from train import AbsentEncoder
+from theworld.training import precompute_latents
+from theworld.training.train import AbsentEncoder
+from training import run_train, write_conversations
 
 
 ROOT = Path(__file__).parent.parent

@@ -14,13 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from training import write_conversations
 from transformers import AutoModel
 
-import convert_weights
-import train
-from theworld import folders
-from theworld.folders import SUMS, UNSUMMED, check_sums, complete_or_absent, write_sums
+from theworld import convert_weights
+from theworld.checkpoints.atomic import SUMS, UNSUMMED, check_sums, complete_or_absent, write_sums
+from theworld.training import train
+from training import write_conversations
 
 
 TESTS = Path(__file__).parent
@@ -56,7 +55,7 @@ def read(folder: Path) -> str:
 @pytest.mark.parametrize("swaps", [True, False], ids=["swapped in one step", "where there is no such step"])
 def test_a_folder_is_replaced_and_nothing_stays_beside(tmp_path, monkeypatch, swaps):
     if not swaps:
-        monkeypatch.setattr(folders, "exchange", lambda one, other: False)
+        monkeypatch.setattr(atomic, "exchange", lambda one, other: False)
     for content in ("old", "new"):
         with complete_or_absent(tmp_path / "out", overwrite=True) as partial:
             write(partial, content)
@@ -66,7 +65,7 @@ def test_a_folder_is_replaced_and_nothing_stays_beside(tmp_path, monkeypatch, sw
 def test_what_a_killed_run_had_moved_away_comes_back(tmp_path):
     with complete_or_absent(tmp_path / "out", overwrite=False) as partial:
         write(partial, "old")
-    (tmp_path / "out").rename(folders.beside(tmp_path / "out", "previous"))
+    (tmp_path / "out").rename(atomic.beside(tmp_path / "out", "previous"))
     with pytest.raises(RuntimeError), complete_or_absent(tmp_path / "out", overwrite=True):
         raise RuntimeError("the next run fails as well")
     assert read(tmp_path / "out") == "old" and len(list(tmp_path.iterdir())) == 1
@@ -128,8 +127,8 @@ def test_what_others_wrote_into_a_folder_stays_as_it_is_replaced(tmp_path, monke
     (output / "checkpoint-1").mkdir()
     (output / "checkpoint-1" / "model").write_text("of a checkpoint")
     (output / "log").symlink_to(tmp_path)
-    folders.keep_others(output, partial)
-    folders.put_in_place(partial, output, overwrite=True)
+    atomic.keep_others(output, partial)
+    atomic.put_in_place(partial, output, overwrite=True)
     assert {path.name for path in output.iterdir()} == {"SHA256SUMS", "model", "checkpoint-1", "log"}
     assert check_sums(output) == ["model"] and (output / "model").read_text() == "model of partial"
     assert (output / "checkpoint-1" / "model").read_text() == "of a checkpoint"

@@ -10,9 +10,9 @@ from accelerate import cpu_offload
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample, WanResidualBlock
 from torch import nn
 
-from theworld import TheWorldEncoderConfig, frames_theworld
+from theworld import TheWorldEncoderConfig, wan_blocks_theworld
 from theworld.encoder_theworld import PIXELS_AT_ONCE, TheWorldEncoder
-from theworld.frames_theworld import use_frame_modules
+from theworld.wan_blocks_theworld import use_frame_modules
 
 
 # Winograd's constants go up to 8, and its rounding errors with them: 1e-6 was seen in a block, 3e-6 in the encoder.
@@ -38,8 +38,8 @@ def frames():
 @pytest.fixture
 def winograd(monkeypatch) -> mock.Mock:
     """Counts the convolutions done by Winograd."""
-    counted = mock.Mock(wraps=frames_theworld.norm_silu_conv)
-    monkeypatch.setattr(frames_theworld, "norm_silu_conv", counted)
+    counted = mock.Mock(wraps=wan_blocks_theworld.norm_silu_conv)
+    monkeypatch.setattr(wan_blocks_theworld, "norm_silu_conv", counted)
     return counted
 
 

@@ -4,8 +4,8 @@ from datasets import load_dataset
 from safetensors.torch import load_file
 
 from recipe import new_kind
-from recipe.harness import write_scenes
-from recipe.scenes import KINDS, SPLITS, draw_scene
+from recipe.lm_eval_task import write_scenes
+from theworld.evaluation.scenes import KINDS, SPLITS, draw_scene
 
 
 def test_the_smallest_object_is_the_answer():

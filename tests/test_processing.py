@@ -58,7 +58,7 @@ def test_any_multiple_of_the_patch_size_can_be_asked_for_per_call(processor, pho
 
 
 def test_the_default_size_is_512(sources, tmp_path):
-    import convert_weights
+    from theworld import convert_weights
 
     arguments = [
         "--vae",

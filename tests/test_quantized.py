@@ -156,9 +156,8 @@ def test_saved_quantized_it_reloads_with_the_same_logits(quantized, setting, pho
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
+    from theworld.training.data import ConversationCollator, load_conversations
     from training import write_conversations
-
-    from conversations import ConversationCollator, load_conversations
 
     collator = ConversationCollator(AutoProcessor.from_pretrained(ROOT, trust_remote_code=True))
     return load_conversations(str(write_conversations(tmp_path_factory.mktemp("dataset"))), "train", collator)

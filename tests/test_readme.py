@@ -19,11 +19,10 @@ from test_vision import SECTION as VISION
 from test_vllm import COMMAND as VLLM_COMMAND
 from transformers import AutoConfig, Gemma2Config
 
-import convert_weights
-import precompute_latents
-import train
 from benchmarks.__main__ import as_table
 from recipe.evaluate import LAST_FRAME
+from theworld import convert_weights
+from theworld.training import precompute_latents, train
 from theworld.versions_theworld import CACHE_NAME, TESTED
 
 
@@ -93,7 +92,7 @@ def test_the_shell_commands_exist(user_folder):
             ):  # test_distributed.py runs these
                 arguments, _ = train.parse_arguments(words[words.index("train.py") + 1 :])
                 assert arguments.model == "my-theworld"
-            case ["lm_eval", *_] | ["python", "-m", "recipe.harness"]:
+            case ["lm_eval", *_] | ["python", "-m", "recipe.lm_eval_task"]:
                 pass  # test_harness.py runs them
             case ["trl", "sft", *_]:
                 pass  # test_training.py runs it

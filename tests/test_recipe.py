@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from recipe import conversations, training, watch
-from recipe.clips import make_clip
-from recipe.conversations import IGNORED, AnswerLoss, RowMaker
 from recipe.evaluate import interval
-from recipe.scenes import COLOURS, SHAPES, SPLITS, draw_scene
-from recipe.train import Length, train_all
+from recipe.pipeline import Length, train_all
+from recipe.sequences import IGNORED, AnswerLoss, RowMaker
 from recipe.vae import pixels_of
 from theworld import TheWorldForConditionalGeneration, TheWorldProcessor
+from theworld.evaluation.clips import make_clip
+from theworld.evaluation.scenes import COLOURS, SHAPES, SPLITS, draw_scene
 
 
 SHORT = Length(vae=2, gemma=2, scenes=100, align=3, fine_tune=2, motion=2, clips=40, watch=6)

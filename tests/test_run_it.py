@@ -28,7 +28,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from recipe.scenes import SPLITS, draw_scene
+from theworld.evaluation.scenes import SPLITS, draw_scene
 from theworld.versions_theworld import CACHE_NAME
 
 

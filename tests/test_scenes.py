@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from recipe.scenes import COLOURS, KINDS, SPLITS, draw_scene
+from theworld.evaluation.scenes import COLOURS, KINDS, SPLITS, draw_scene
 
 
 @pytest.fixture(scope="module")

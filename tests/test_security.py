@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from conversations import existing
 from theworld import versions_theworld
+from theworld.training.data import existing
 
 
 ROOT = Path(__file__).parent.parent

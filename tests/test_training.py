@@ -20,19 +20,17 @@ from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_user_route import MODEL_FILES
-from training import losses_of, run_train, write_conversations
 from transformers import AutoModel, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-import convert_weights
-import precompute_latents
-import train
-from conversations import ConversationCollator, load_conversations
-from precompute_latents import load_latents
 from recipe.evaluate import SceneEvaluation
-from recipe.scenes import draw_scene
-from theworld import TheWorldForConditionalGeneration, TheWorldProcessor
+from theworld import TheWorldForConditionalGeneration, TheWorldProcessor, convert_weights
+from theworld.evaluation.scenes import draw_scene
+from theworld.training import precompute_latents, train
+from theworld.training.data import ConversationCollator, load_conversations
+from theworld.training.precompute_latents import load_latents
+from training import losses_of, run_train, write_conversations
 
 
 ROOT = Path(__file__).parent.parent

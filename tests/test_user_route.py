@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from fresh import run_fresh
 
-import convert_weights
+from theworld import convert_weights
 
 
 TESTS = Path(__file__).parent

@@ -11,9 +11,9 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample, WanRes
 from torch import nn
 
 from benchmarks.measure import MEMORY, in_turns, run_fresh
-from theworld import TheWorldEncoderConfig, frames_theworld
+from theworld import TheWorldEncoderConfig, wan_blocks_theworld
 from theworld.encoder_theworld import PIXELS_A_CHUNK, PIXELS_AT_ONCE, TheWorldEncoder, VideoCache
-from theworld.frames_theworld import use_frame_modules
+from theworld.wan_blocks_theworld import use_frame_modules
 
 
 # Largest difference to diffusers' mode in float32; it was 6e-6 in bands at 128 px, 1e-6 elsewhere.
@@ -72,13 +72,13 @@ def test_latents_are_the_mode_of_diffusers(real_size, shape):
 @torch.no_grad()
 def test_with_winograd_in_each_stage_that_has_pixels_enough(small, monkeypatch):
     vae, encoder = small
-    shapes, norm_silu_conv = [], frames_theworld.norm_silu_conv
+    shapes, norm_silu_conv = [], wan_blocks_theworld.norm_silu_conv
 
     def record(norm, conv, x, **kwargs):
         shapes.append(tuple(x.shape[1:4]))
         norm_silu_conv(norm, conv, x, **kwargs)
 
-    monkeypatch.setattr(frames_theworld, "norm_silu_conv", record)
+    monkeypatch.setattr(wan_blocks_theworld, "norm_silu_conv", record)
     videos = random_videos(2, 9, 136, 136)
     assert (encoder(videos) - diffusers_mode(vae, videos)).abs().max() < TOLERANCE
     assert {(1, 136, 136), (8, 136, 136), (1, 68, 68), (8, 68, 68), (1, 34, 34), (4, 34, 34)} == set(shapes)
@@ -164,7 +164,7 @@ def test_checkpointed_gradients_are_the_same(use_reentrant):
     videos, gradients = random_videos(1, 9, 16, 16), []
     for checkpointed in (False, True):
         for module in encoder.modules():
-            if isinstance(module, frames_theworld.FrameResidualBlock):
+            if isinstance(module, wan_blocks_theworld.FrameResidualBlock):
                 module.gradient_checkpointing = checkpointed
                 module._gradient_checkpointing_func = lambda function, *args: torch.utils.checkpoint.checkpoint(
                     function, *args, use_reentrant=use_reentrant

@@ -37,9 +37,9 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from conversations import ConversationCollator
-from convert_weights import main, map_gemma_key
 from theworld import TheWorldConfig
+from theworld.convert_weights import main, map_gemma_key
+from theworld.training.data import ConversationCollator
 from theworld.versions_theworld import CACHE_NAME
 
 

@@ -25,7 +25,7 @@ from PIL import Image
 from test_run_it import snippet
 from transformers import AutoModel, AutoProcessor
 
-from recipe.scenes import SPLITS, draw_scene
+from theworld.evaluation.scenes import SPLITS, draw_scene
 
 
 ROOT = Path(__file__).parent.parent

@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 from test_vllm import free_port
 
-from recipe.scenes import SPLITS, draw_scene
+from theworld.evaluation.scenes import SPLITS, draw_scene
 from theworld.images_theworld import read_image
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from recipe.new_kind import scenes_with_a_smallest
-from train import Trainer, main
+from recipe.lora_new_question import scenes_with_a_smallest
+from theworld.training.train import Trainer, main
 
 
 ROOT = Path(__file__).parent.parent

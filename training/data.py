@@ -18,8 +18,8 @@ from tqdm import tqdm
 from transformers import ProcessorMixin
 from trl import prepare_multimodal_messages
 
-from theworld.checks_theworld import IGNORED
 from theworld.images_theworld import read_image
+from theworld.validation_theworld import IGNORED
 
 
 COLUMNS = ("messages", "images")

@@ -31,9 +31,9 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from transformers import AutoModel, AutoProcessor, BatchFeature, TextIteratorStreamer
 
-from demo import BUNDLED
-from look import attention_to_world, heat
-from recipe.scenes import SPLITS, draw_scene
+from theworld.demo.ask import BUNDLED
+from theworld.demo.attention import attention_to_world, heat
+from theworld.evaluation.scenes import SPLITS, draw_scene
 from theworld.images_theworld import read_image
 
 

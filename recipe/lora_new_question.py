@@ -2,7 +2,7 @@
 """
 LoRA on the bundled model's Gemma, all else frozen, learns a kind of question that it was not trained on.
 
-    python -m recipe.new_kind
+    python -m recipe.lora_new_question
 
 asks for the smallest object in training scenes, among questions of the kinds it knows, and afterwards about held-out
 scenes. It writes `results/new_kind.json` and leaves the adapter in `build/new-kind`.
@@ -18,14 +18,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from conversations import ConversationCollator
-from precompute_latents import load_latents, precompute
 from theworld import TheWorldForConditionalGeneration, TheWorldProcessor
-from train import GEMMA_MATRICES
+from theworld.evaluation.scenes import COLOURS, MARGIN, SPLITS, Question, Scene, draw_scene
+from theworld.training.data import ConversationCollator
+from theworld.training.precompute_latents import load_latents, precompute
+from theworld.training.train import GEMMA_MATRICES
 
 from .evaluate import CONDITIONS, Case, answer, held_out_cases, interval
-from .scenes import COLOURS, MARGIN, SPLITS, Question, Scene, draw_scene
-from .train import RESULTS, ROOT
+from .pipeline import RESULTS, ROOT
 
 
 FOLDER = ROOT / "build" / "new-kind"

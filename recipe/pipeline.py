@@ -2,7 +2,7 @@
 """
 Trains the bundled model from nothing, and the models that it is compared with.
 
-    python -m recipe.train
+    python -m recipe.pipeline
 
 What is finished lies in `build/recipe`, a folder a model, and is not made again; what was interrupted goes on from its
 last checkpoint. At the end the bundled model's files are put in the repo's root, and the curves in `results`.
@@ -13,12 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from theworld.checkpoints.atomic import complete_or_absent
 from theworld.convert_weights import Source, convert
-from theworld.folders import complete_or_absent
+from theworld.evaluation.scenes import SIZE
 
-from . import align, gemma, vae, watch
+from . import align, gemma, vae, video
 from .figures import draw_curves
-from .scenes import SIZE
 
 
 ROOT = Path(__file__).parents[1]
@@ -60,7 +60,7 @@ class Length:
     @property
     def all_clips(self) -> int:
         """As `all_scenes`, of clips."""
-        return max(self.motion * watch.BATCH_SIZE, self.clips)
+        return max(self.motion * video.BATCH_SIZE, self.clips)
 
 
 def train_all(folder: Path, length: Length) -> None:
@@ -97,11 +97,11 @@ def train_all(folder: Path, length: Length) -> None:
     tuned = result("theworld-images", lambda run: align.fine_tune(frozen, length.scenes, run, length.fine_tune))
     result("theworld-merged", lambda run: align.align(joined(2), cache, run, length.align))
 
-    motion = result("motion", lambda run: watch.see_motion(tuned, run, length.motion))
+    motion = result("motion", lambda run: video.see_motion(tuned, run, length.motion))
     # The encoder is no longer the one whose latents were cached.
     scenes = cached("latents-scenes", lambda file: align.cache_latents(motion, vae.pixels_of, 2 * length.clips, file))
-    clips = cached("latents-clips", lambda file: align.cache_latents(motion, watch.frames_of, length.clips, file))
-    result("theworld", lambda run: watch.watch(motion, scenes, clips, run, length.watch))
+    clips = cached("latents-clips", lambda file: align.cache_latents(motion, video.frames_of, length.clips, file))
+    result("theworld", lambda run: video.watch(motion, scenes, clips, run, length.watch))
 
 
 def install(recipe: Path) -> None:

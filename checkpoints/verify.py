@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from theworld import TheWorldConfig, TheWorldForConditionalGeneration, TheWorldProcessor
-from theworld.folders import check_sums
+from theworld.checkpoints.atomic import check_sums
 
 
 # What Python unpickles, which can run anything.

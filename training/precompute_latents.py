@@ -27,8 +27,8 @@ from safetensors import safe_open
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel, ProcessorMixin
 
-from conversations import ConversationCollator, load_conversations, named
-from theworld.folders import complete_or_absent
+from theworld.checkpoints.atomic import complete_or_absent
+from theworld.training.data import ConversationCollator, load_conversations, named
 
 
 MANIFEST = "manifest.json"

@@ -34,9 +34,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from transformers.utils import CONFIG_NAME
 from trl import SFTConfig, SFTTrainer, TrlParser
 
-from conversations import ConversationCollator, load_conversations
-from precompute_latents import checkpoint_folder, encoder_tensors, is_latents, load_latents
-from theworld.folders import (
+from theworld.checkpoints.atomic import (
     beside,
     check_replaceable,
     hold,
@@ -45,6 +43,8 @@ from theworld.folders import (
     restore_or_remove_abandoned,
     write_sums,
 )
+from theworld.training.data import ConversationCollator, load_conversations
+from theworld.training.precompute_latents import checkpoint_folder, encoder_tensors, is_latents, load_latents
 
 
 ADAPTER_CONFIG = "adapter_config.json"

@@ -13,12 +13,12 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from theworld.encoder_theworld import TheWorldEncoder
+from theworld.evaluation.clips import FRAMES_A_LATENT, make_clip
+from theworld.evaluation.scenes import SPLITS, draw_scene
 
 from . import align
 from .align import Trainee
-from .clips import FRAMES_A_LATENT, make_clip
-from .scenes import SPLITS, draw_scene
-from .training import train
+from .trainer import train
 
 
 BATCH_SIZE = 8

@@ -17,11 +17,10 @@ from random import Random
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from theworld.checks_theworld import IGNORED
+from theworld.evaluation.clips import FPS, FRAMES_A_LATENT, NUM_FRAMES, Clip, Mover
+from theworld.evaluation.scenes import SIZE, Question, Scene, Thing
 from theworld.processing_theworld import time_stamp
-
-from .clips import FPS, FRAMES_A_LATENT, NUM_FRAMES, Clip, Mover
-from .scenes import SIZE, Question, Scene, Thing
+from theworld.validation_theworld import IGNORED
 
 
 CHAT_TEMPLATE = (Path(__file__).parents[1] / "chat_template.jinja").read_text()

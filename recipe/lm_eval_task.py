@@ -2,7 +2,7 @@
 """
 Held-out scenes as a dataset for evaluation harnesses: `build/harness/test.parquet`, the data of `scenes.yaml`.
 
-    python -m recipe.harness
+    python -m recipe.lm_eval_task
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from .evaluate import held_out_cases
-from .train import ROOT
+from .pipeline import ROOT
 
 
 def write_scenes(file: Path, per_kind: int = 20) -> None:
