@@ -21,14 +21,14 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
-from tiny_sources import TEXT_CONFIGS, make_gemma, make_multimodal_gemma, make_pipeline  # noqa: E402
 from transformers import AutoModel, AutoProcessor  # noqa: E402
 
+from tests.helpers.checkpoints import TEXT_CONFIGS, make_gemma, make_multimodal_gemma, make_pipeline  # noqa: E402
 from theworld import convert_weights  # noqa: E402
 from theworld.evaluation.scenes import SPLITS, draw_scene  # noqa: E402
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 
 
 def chat(processor, image: Image.Image, *turns: str):

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from bad_inputs import BAD_INPUTS
 from huggingface_hub import ModelCard
 from reliability import PARTS
 from reliability import RESULTS as RELIABILITY
@@ -21,12 +20,13 @@ from transformers import AutoConfig, Gemma2Config
 
 from benchmarks.__main__ import as_table
 from recipe.evaluate import LAST_FRAME
+from tests.helpers.bad_inputs import BAD_INPUTS
 from theworld import convert_weights
 from theworld.training import precompute_latents, train
 from theworld.versions_theworld import CACHE_NAME, TESTED
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
