@@ -218,7 +218,7 @@ class TheWorldConfig(PreTrainedConfig):
         self._validate_token_ids()
 
     def _validate_token_ids(self):
-        """The places of all streams must be told apart."""
+        """The places of all modalities must be told apart."""
         needed = ["image_token_id", "start_of_world_token_id", "end_of_world_token_id"]
         needed += ["video_token_id"] if self.video_token_id is not None else []
         needed += ["vision_token_id", "boi_token_id", "eoi_token_id"] if self.vision_config is not None else []
@@ -246,7 +246,7 @@ class TheWorldConfig(PreTrainedConfig):
             )
 
     @property
-    def has_two_way_blocks(self) -> bool:
+    def has_bidirectional_blocks(self) -> bool:
         """Whether the tokens inside some block of an image see those after them."""
         return self.vision_config is not None or self.world_attention == "bidirectional"
 

@@ -46,7 +46,7 @@ from transformers import (
 )
 
 from theworld import TheWorldConfig, TheWorldEncoderConfig, TheWorldForConditionalGeneration, TheWorldProcessor
-from theworld.checkpoints.atomic import complete_or_absent, write_sums
+from theworld.checkpoints.atomic import atomic_folder, write_checksums
 from theworld.checkpoints.verify import (
     Checkpoint,
     CheckpointError,
@@ -568,7 +568,7 @@ def convert(
         if output.resolve() in (source, *source.parents):
             raise CheckpointError(f"--output {output} would replace the source {source}. Choose another.")
 
-    with complete_or_absent(output.absolute(), overwrite) as folder:
+    with atomic_folder(output.absolute(), overwrite) as folder:
         tokenizer = add_world_tokens(gemma)
         layout |= read_vision_fields(gemma, dtype) if vision else {}
         config = build_config(vae, gemma, tokenizer, image_size, dtype, **layout)
@@ -590,7 +590,7 @@ def convert(
             dropped=plan.dropped,
             latent_difference=largest_latent_difference(vae, folder, config),
         )
-        write_sums(folder)
+        write_checksums(folder)
         return report
 
 

@@ -15,10 +15,10 @@ from .wan_blocks_theworld import use_frame_modules
 
 # Images are encoded together up to so many pixels, which bounds memory: one of 256 x 256 on a CPU, where more at once
 # are slower, and eight of 512 x 512 elsewhere.
-PIXELS_AT_ONCE = {"cpu": 2**16, "accelerator": 2**21}
+PIXELS_PER_PASS = {"cpu": 2**16, "accelerator": 2**21}
 # A video's frames go through in chunks of so many pixels, or of the fewest frames that make a latent: the more frames
 # together, the less often a kernel is transformed. Sixteen of 128 x 128 on a CPU.
-PIXELS_A_CHUNK = {"cpu": 2**18, "accelerator": 2**21}
+PIXELS_PER_CHUNK = {"cpu": 2**18, "accelerator": 2**21}
 
 
 @dataclass
@@ -117,7 +117,7 @@ class TheWorldEncoder(nn.Module):
             "are NaN. TheWorldProcessor scales images to that range.",
         )
 
-    def at_once(self, pixels: torch.Tensor, limits: dict[str, int] = PIXELS_AT_ONCE, each: int = 1) -> int:
+    def at_once(self, pixels: torch.Tensor, limits: dict[str, int] = PIXELS_PER_PASS, each: int = 1) -> int:
         """How many times `each` images [.., H, W] go through together; once or more."""
         limit = limits["cpu" if pixels.device.type == "cpu" else "accelerator"]
         return max(1, limit // (pixels.shape[-2] * pixels.shape[-1] * each))
@@ -137,7 +137,7 @@ class TheWorldEncoder(nn.Module):
             raise ValueError(f"The cache is one of videos [B, 3, H, W] = {list(cache.shape)}, got {list(shape)}.")
 
         groups = videos.split(self.at_once(videos, each=ratio))
-        chunk = ratio * self.at_once(videos, PIXELS_A_CHUNK, each=ratio * len(groups[0]))
+        chunk = ratio * self.at_once(videos, PIXELS_PER_CHUNK, each=ratio * len(groups[0]))
         num_convs = sum(isinstance(module, WanCausalConv3d) for module in self.encoder.modules())
         layers = [list(past) for past in cache.layers] or [[None] * num_convs for _ in groups]
         # The compiler chooses the layout; one frame's channels last it gets wrong (torch 2.13).

@@ -42,7 +42,7 @@ def read_image(image: Any, input_data_format: str | None = None) -> Image.Image:
             (None admits any number); the latter is found before anything is decoded.
     """
     if isinstance(image, np.ndarray | torch.Tensor):
-        image = image_of_array(image, input_data_format)
+        image = image_from_array(image, input_data_format)
     elif isinstance(image, str | os.PathLike):
         image = open_image(os.fspath(image))
     elif not isinstance(image, Image.Image):
@@ -51,7 +51,7 @@ def read_image(image: Any, input_data_format: str | None = None) -> Image.Image:
     check_pixels(image.width, image.height)
     try:
         image.load()
-        image = upright(image)
+        image = apply_exif_orientation(image)
     except Exception as error:  # each of Pillow's decoders has errors of its own
         raise ValueError(
             f"The image cannot be decoded: {error}. The file is damaged or cut off; get it again."
@@ -116,7 +116,7 @@ def fetch(url: str) -> bytes:
         raise OSError(f"{type(error).__name__}: {error}") from error
 
 
-def image_of_array(array: np.ndarray | torch.Tensor, input_data_format: str | None) -> Image.Image:
+def image_from_array(array: np.ndarray | torch.Tensor, input_data_format: str | None) -> Image.Image:
     """The PIL image of an array or tensor of bytes; see `read_image`."""
     array = array.detach().cpu().numpy() if isinstance(array, torch.Tensor) else array
     if array.dtype != np.uint8:
@@ -138,7 +138,7 @@ def image_of_array(array: np.ndarray | torch.Tensor, input_data_format: str | No
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def upright(image: Image.Image) -> Image.Image:
+def apply_exif_orientation(image: Image.Image) -> Image.Image:
     """A decoded image, turned as its EXIF data say."""
     turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
     return ImageOps.exif_transpose(image) if turned else image

@@ -1,6 +1,6 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
 """
-The streams: what may come beside text, where its tokens go in a prompt, and how attention reads their blocks.
+The modalities: what may come beside text, where its tokens go in a prompt, and how attention reads their blocks.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ VISION_TYPE, WORLD_TYPE = 1, 2
 
 
 @dataclass(frozen=True)
-class Stream:
+class Modality:
     """
     What may come beside text.
 
@@ -34,7 +34,7 @@ class Stream:
         kind: What messages call its tokens.
         token: Its places in a prompt.
         type_id: Its `token_type_ids`.
-        side_by_side: Whether the places of an image stand side by side; between a video's are times.
+        contiguous: Whether the places of an image stand side by side; between a video's are times.
         inputs: Arguments of `forward` that bring it, each with the method of TheWorldModel that makes tokens of it.
     """
 
@@ -44,7 +44,7 @@ class Stream:
     kind: str
     token: str
     type_id: int
-    side_by_side: bool
+    contiguous: bool
     inputs: dict[str, str]
 
     def token_id(self, config: TheWorldConfig) -> int | None:
@@ -52,58 +52,58 @@ class Stream:
         return getattr(config, f"{self.name}_token_id")
 
 
-STREAMS = (
-    Stream(
+MODALITIES = (
+    Modality(
         "image",
         item="image",
         ndim=4,
         kind="world",
         token="<world>",
         type_id=WORLD_TYPE,
-        side_by_side=True,
+        contiguous=True,
         inputs={"pixel_values": "get_image_features", "world_latents": "get_latent_features"},
     ),
-    Stream(
+    Modality(
         "vision",
         item="image",
         ndim=4,
         kind="Gemma's own",
         token="<image_soft_token>",
         type_id=VISION_TYPE,
-        side_by_side=True,
+        contiguous=True,
         inputs={"vision_pixel_values": "get_vision_features"},
     ),
-    Stream(
+    Modality(
         "video",
         item="video",
         ndim=5,
         kind="world",
         token="<world_video>",
         type_id=WORLD_TYPE,
-        side_by_side=False,
+        contiguous=False,
         inputs={"pixel_values_videos": "get_video_features", "world_latents_videos": "get_latent_features"},
     ),
 )
 
 
-def check_whole(mask: torch.Tensor, tokens_per_item: int, stream: Stream) -> None:
+def check_placeholders_contiguous(mask: torch.Tensor, tokens_per_item: int, modality: Modality) -> None:
     """
     Checks that each image or video has its places in one prompt, so that none reaches into another prompt.
 
     Args:
-        mask: [batch, S], True at the stream's places; its tokens fill them in reading order.
+        mask: [batch, S], True at the modality's places; its tokens fill them in reading order.
         tokens_per_item: Tokens an image or a video.
 
     Raises:
         ValueError: If the places of one are in two prompts, or apart where they are to be side by side.
     """
     number_in_item = (mask.flatten().cumsum(0).view(mask.shape) - 1) % tokens_per_item
-    goes_on = F.pad(mask[:, :-1], (1, 0)) if stream.side_by_side else mask.cumsum(1) > 1
+    goes_on = F.pad(mask[:, :-1], (1, 0)) if modality.contiguous else mask.cumsum(1) > 1
     torch_compilable_check(
         ~(mask & (number_in_item > 0) & ~goes_on).any(),
         lambda: (
-            f"Each {stream.item}'s {tokens_per_item} `{stream.token}` places must be in one prompt, but the prompts "
-            f"have {mask.sum(-1).tolist()}{', not all of one side by side' if stream.side_by_side else ''}. "
+            f"Each {modality.item}'s {tokens_per_item} `{modality.token}` places must be in one prompt, but the prompts "
+            f"have {mask.sum(-1).tolist()}{', not all of one side by side' if modality.contiguous else ''}. "
             "TheWorldProcessor makes them of one `<world>` an image and one `<world_video>` a video."
         ),
     )
@@ -133,25 +133,25 @@ def create_block_masks(
         ValueError: If the last token is inside a block that is read both ways, or flash attention, which has no masks,
             would read one.
     """
-    if token_type_ids is None or not config.has_two_way_blocks or isinstance(attention_mask, dict):
+    if token_type_ids is None or not config.has_bidirectional_blocks or isinstance(attention_mask, dict):
         return attention_mask
-    two_way = token_type_ids == VISION_TYPE
+    bidirectional = token_type_ids == VISION_TYPE
     if config.world_attention == "bidirectional":
-        two_way |= token_type_ids == WORLD_TYPE
+        bidirectional |= token_type_ids == WORLD_TYPE
     if is_flash_attention_requested(config.text_config):
         torch_compilable_check(
-            ~two_way.any(),
+            ~bidirectional.any(),
             "Flash attention reads no image's block both ways, which this model does. Load it with "
             '`attn_implementation="sdpa"`.',
         )
     torch_compilable_check(
-        ~two_way[:, -1].any(),  # a block's end token follows it
+        ~bidirectional[:, -1].any(),  # a block's end token follows it
         "The prompt, or the chunk of it, ends inside an image's block, whose tokens see each other both ways. Give "
         "the whole block at once: with a greater `prefill_chunk_size`, or none.",
     )
     # Positions that the cache holds are in the past, which every token sees anyway.
     past = int(cache.get_seq_length()) if cache is not None else 0
-    same_block = same_block_mask_function(F.pad(two_way[:, -inputs_embeds.shape[1] :], (past, 0)))
+    same_block = same_block_mask_function(F.pad(bidirectional[:, -inputs_embeds.shape[1] :], (past, 0)))
     arguments = {
         "config": config.text_config,
         "inputs_embeds": inputs_embeds,

@@ -41,11 +41,11 @@ from transformers.utils import (
 
 from .configuration_theworld import TheWorldConfig
 from .encoder_theworld import TheWorldEncoder
-from .modalities_theworld import STREAMS, VISION_TYPE, Stream, check_whole, create_block_masks
+from .modalities_theworld import MODALITIES, VISION_TYPE, Modality, check_placeholders_contiguous, create_block_masks
 from .validation_theworld import (
-    check_asked,
     check_context,
     check_floating,
+    check_generation_inputs,
     check_labels,
     check_latents,
     check_prompts,
@@ -420,53 +420,53 @@ class TheWorldModel(TheWorldPreTrainedModel):
             "`vision_pixel_values` must be finite, but some are NaN or infinite. TheWorldProcessor makes them.",
         )
 
-    def encode_streams(
+    def encode_modalities(
         self, mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None, **inputs: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
         """
-        The tokens of each stream that came, in whichever form; by the stream's name, [images, N, D].
+        The tokens of each modality that came, in whichever form; by the modality's name, [images, N, D].
 
         Args:
             mm_encoder_outputs: As `forward` takes them.
-            inputs: `forward`'s arguments by the names that `STREAMS` lists.
+            inputs: `forward`'s arguments by the names that `MODALITIES` lists.
 
         Raises:
-            ValueError: If a stream came in more than one form, or this model has no places for it.
+            ValueError: If a modality came in more than one form, or this model has no places for it.
         """
         tokens = {}
-        for stream in STREAMS:
-            encoded = (mm_encoder_outputs or {}).get(stream.name)
-            came = [name for name in stream.inputs if inputs.get(name) is not None]
+        for modality in MODALITIES:
+            encoded = (mm_encoder_outputs or {}).get(modality.name)
+            came = [name for name in modality.inputs if inputs.get(name) is not None]
             if len(came) + (encoded is not None) > 1:
-                forms = " or as ".join(f"`{form}`" for form in (*stream.inputs, "mm_encoder_outputs"))
-                raise ValueError(f"Give the {stream.item}s once: as {forms}.")
+                forms = " or as ".join(f"`{form}`" for form in (*modality.inputs, "mm_encoder_outputs"))
+                raise ValueError(f"Give the {modality.item}s once: as {forms}.")
             for name in came:
                 # An image for a video, or the reverse; what else may be wrong is for the method to say.
-                if getattr(inputs[name], "ndim", None) in {other.ndim for other in STREAMS} - {stream.ndim}:
+                if getattr(inputs[name], "ndim", None) in {other.ndim for other in MODALITIES} - {modality.ndim}:
                     raise ValueError(
-                        f"`{name}` must have {stream.ndim} dimensions, got {list(inputs[name].shape)}. "
+                        f"`{name}` must have {modality.ndim} dimensions, got {list(inputs[name].shape)}. "
                         "TheWorldProcessor makes it: of `images` with 4, of `videos` with 5."
                     )
-                encoded = getattr(self, stream.inputs[name])(inputs[name], return_dict=True)
+                encoded = getattr(self, modality.inputs[name])(inputs[name], return_dict=True)
             if encoded is not None:
-                if stream not in self.streams:
+                if modality not in self.modalities:
                     raise ValueError(
-                        f"{stream.kind} tokens of {stream.item}s came, but this model has no places for them: no "
-                        f"`{stream.name}_token_id`. Convert its sources again with convert_weights.py."
+                        f"{modality.kind} tokens of {modality.item}s came, but this model has no places for them: no "
+                        f"`{modality.name}_token_id`. Convert its sources again with convert_weights.py."
                     )
-                tokens[stream.name] = encoded.pooler_output
+                tokens[modality.name] = encoded.pooler_output
         return tokens
 
     @property
-    def streams(self) -> list[Stream]:
+    def modalities(self) -> list[Modality]:
         """Those that have places in this model's prompts."""
-        return [stream for stream in STREAMS if stream.token_id(self.config) is not None]
+        return [modality for modality in MODALITIES if modality.token_id(self.config) is not None]
 
-    def find_places(
-        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None, stream: Stream
+    def find_placeholders(
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None, modality: Modality
     ) -> torch.Tensor:
-        """Boolean mask [batch, S] of a stream's places, found by id, or by embedding where there are no ids."""
-        token_id = stream.token_id(self.config)
+        """Boolean mask [batch, S] of a modality's places, found by id, or by embedding where there are no ids."""
+        token_id = modality.token_id(self.config)
         if input_ids is not None:
             return input_ids == token_id
         token_id = torch.tensor(token_id, device=inputs_embeds.device)
@@ -477,15 +477,15 @@ class TheWorldModel(TheWorldPreTrainedModel):
         input_ids: torch.LongTensor | None,
         inputs_embeds: torch.Tensor | None,
         features: torch.Tensor,
-        stream: Stream,
+        modality: Modality,
     ) -> torch.Tensor:
         """
-        Finds the places of a stream's tokens, and checks that there are as many places as tokens.
+        Finds the places of a modality's tokens, and checks that there are as many places as tokens.
 
         Args:
             input_ids: [batch, S], or None to compare `inputs_embeds` with the embedding of a place.
             inputs_embeds: [batch, S, D]; needed only without `input_ids`.
-            features: The stream's tokens [images or videos, N, D].
+            features: The modality's tokens [images or videos, N, D].
 
         Returns:
             Boolean mask [batch, S, 1].
@@ -493,19 +493,19 @@ class TheWorldModel(TheWorldPreTrainedModel):
         Raises:
             ValueError: If the numbers differ.
         """
-        mask = self.find_places(input_ids, inputs_embeds, stream)
+        mask = self.find_placeholders(input_ids, inputs_embeds, modality)
         num_items, num_tokens = features.shape[:2]
         torch_compilable_check(
             mask.sum() == num_items * num_tokens,
             lambda: (
-                f"{num_items} {stream.item}(s) of {num_tokens} {stream.kind} tokens need {num_items * num_tokens} "
-                f"`{stream.token}` places, but the prompts have {mask.sum(-1).tolist()}. TheWorldProcessor makes them "
+                f"{num_items} {modality.item}(s) of {num_tokens} {modality.kind} tokens need {num_items * num_tokens} "
+                f"`{modality.token}` places, but the prompts have {mask.sum(-1).tolist()}. TheWorldProcessor makes them "
                 "of one `<world>` an image and one `<world_video>` a video."
             ),
         )
         return mask.unsqueeze(-1)
 
-    def put_in_place(
+    def merge_multimodal_embeddings(
         self,
         input_ids: torch.LongTensor | None,
         inputs_embeds: torch.Tensor,
@@ -513,24 +513,24 @@ class TheWorldModel(TheWorldPreTrainedModel):
         whole: bool,
     ) -> torch.Tensor:
         """
-        `inputs_embeds` [batch, S, D] with the streams' tokens in their places.
+        `inputs_embeds` [batch, S, D] with the modalities' tokens in their places.
 
         Raises:
             ValueError: If tokens and places differ in number, or places came without tokens; or if the images are to
                 be `whole`, and the places of one are apart.
         """
-        for stream in self.streams:
-            if stream.name in tokens:
-                features = tokens[stream.name].to(inputs_embeds.device, inputs_embeds.dtype)
-                mask = self.get_placeholder_mask(input_ids, inputs_embeds, features, stream)
+        for modality in self.modalities:
+            if modality.name in tokens:
+                features = tokens[modality.name].to(inputs_embeds.device, inputs_embeds.dtype)
+                mask = self.get_placeholder_mask(input_ids, inputs_embeds, features, modality)
                 if whole:
-                    check_whole(mask[..., 0], features.shape[1], stream)
+                    check_placeholders_contiguous(mask[..., 0], features.shape[1], modality)
                 inputs_embeds = inputs_embeds.masked_scatter(mask, features)
             elif input_ids is not None and input_ids.shape[1] > 1:  # a prompt: decoding goes one token at a time
                 torch_compilable_check(
-                    ~self.find_places(input_ids, inputs_embeds, stream).any(),
-                    f"The prompt has `{stream.token}` places but no {stream.item} came with it. Give "
-                    f"{' or '.join(f'`{name}`' for name in stream.inputs)}, or leave `{stream.token}` out of the "
+                    ~self.find_placeholders(input_ids, inputs_embeds, modality).any(),
+                    f"The prompt has `{modality.token}` places but no {modality.item} came with it. Give "
+                    f"{' or '.join(f'`{name}`' for name in modality.inputs)}, or leave `{modality.token}` out of the "
                     "prompt.",
                 )
         return inputs_embeds
@@ -539,7 +539,10 @@ class TheWorldModel(TheWorldPreTrainedModel):
         self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None
     ) -> torch.LongTensor:
         """What each token of a prompt stands for, [batch, S]: 0 text, 1 one of Gemma's own, 2 a world token."""
-        return sum(stream.type_id * self.find_places(input_ids, inputs_embeds, stream) for stream in self.streams)
+        return sum(
+            modality.type_id * self.find_placeholders(input_ids, inputs_embeds, modality)
+            for modality in self.modalities
+        )
 
     @property
     def is_in_step(self) -> bool:
@@ -554,30 +557,30 @@ class TheWorldModel(TheWorldPreTrainedModel):
             return False
         return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
-    def add_absent_streams(self, inputs_embeds: torch.Tensor, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
+    def add_absent_modalities(self, inputs_embeds: torch.Tensor, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
         """
-        `inputs_embeds`, with every stream's modules in their graph; the numbers stay.
+        `inputs_embeds`, with every modality's modules in their graph; the numbers stay.
 
         A batch without images would use fewer modules than those of the other processes, which would wait forever.
         """
-        for stream in self.streams:
-            if stream.name not in tokens:
-                blank = self.encode_streams(**self.make_blank(stream, inputs_embeds))[stream.name]
+        for modality in self.modalities:
+            if modality.name not in tokens:
+                blank = self.encode_modalities(**self.make_blank(modality, inputs_embeds))[modality.name]
                 inputs_embeds = inputs_embeds + blank.flatten()[:0].sum()  # zero, and so is its gradient
         return inputs_embeds
 
-    def make_blank(self, stream: Stream, like: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The smallest input of a stream, of zeros; latents where the encoder is not in memory."""
-        name, *others = stream.inputs
+    def make_blank(self, modality: Modality, like: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The smallest input of a modality, of zeros; latents where the encoder is not in memory."""
+        name, *others = modality.inputs
         world, vision = self.config.world_config, self.config.vision_config
-        if stream.type_id == VISION_TYPE:
+        if modality.type_id == VISION_TYPE:
             return {name: like.new_zeros(1, vision.num_channels, vision.image_size, vision.image_size)}
         side = self.config.image_size if self.config.token_layout == "channel" else self.config.patch_size
         frames, channels = 1 + world.temporal_compression_ratio, world.in_channels
         if next(self.world_encoder.parameters(), None) is None:
             (name,) = others
             frames, channels, side = 2, world.z_dim, side // world.spatial_compression_ratio
-        shape = (1, frames, channels, side, side) if stream.ndim == 5 else (1, channels, side, side)
+        shape = (1, frames, channels, side, side) if modality.ndim == 5 else (1, channels, side, side)
         return {name: like.new_zeros(shape)}
 
     @accepts_past_key_values
@@ -609,7 +612,7 @@ class TheWorldModel(TheWorldPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
-        tokens = self.encode_streams(
+        tokens = self.encode_modalities(
             mm_encoder_outputs,
             pixel_values=pixel_values,
             world_latents=world_latents,
@@ -617,12 +620,14 @@ class TheWorldModel(TheWorldPreTrainedModel):
             world_latents_videos=world_latents_videos,
             vision_pixel_values=vision_pixel_values,
         )
-        if tokens and token_type_ids is None and self.config.has_two_way_blocks:
+        if tokens and token_type_ids is None and self.config.has_bidirectional_blocks:
             token_type_ids = self.get_token_types(input_ids, inputs_embeds)
         # What `generate` has encoded it has checked too, and may bring in pieces.
-        inputs_embeds = self.put_in_place(input_ids, inputs_embeds, tokens, whole=mm_encoder_outputs is None)
+        inputs_embeds = self.merge_multimodal_embeddings(
+            input_ids, inputs_embeds, tokens, whole=mm_encoder_outputs is None
+        )
         if cache is None and self.is_in_step:
-            inputs_embeds = self.add_absent_streams(inputs_embeds, tokens)
+            inputs_embeds = self.add_absent_modalities(inputs_embeds, tokens)
         attention_mask = create_block_masks(
             self.config, inputs_embeds, attention_mask, cache, position_ids, token_type_ids
         )
@@ -836,15 +841,15 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
         tokens: dict[str, torch.Tensor],
         times: int,
     ) -> dict[str, BaseModelOutputWithPooling]:
-        """The streams' tokens for `times` beams a prompt: images [A, B] of one prompt become [A, B, A, B]."""
+        """The modalities' tokens for `times` beams a prompt: images [A, B] of one prompt become [A, B, A, B]."""
         outputs = {}
-        for stream in (stream for stream in STREAMS if stream.name in tokens):
-            features = tokens[stream.name]
-            mask = self.model.get_placeholder_mask(prompts, inputs_embeds, features, stream)
-            check_whole(mask[..., 0], features.shape[1], stream)
+        for modality in (modality for modality in MODALITIES if modality.name in tokens):
+            features = tokens[modality.name]
+            mask = self.model.get_placeholder_mask(prompts, inputs_embeds, features, modality)
+            check_placeholders_contiguous(mask[..., 0], features.shape[1], modality)
             by_prompt = features.split((mask.sum((1, 2)) // features.shape[1]).tolist())
             repeated = torch.cat([images.repeat(times, 1, 1) for images in by_prompt])
-            outputs[stream.name] = BaseModelOutputWithPooling(pooler_output=repeated)
+            outputs[modality.name] = BaseModelOutputWithPooling(pooler_output=repeated)
         return outputs
 
     def _expand_inputs_for_generation(
@@ -860,13 +865,13 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
         A prompt's images stay together. What a cache holds was read with its images: those that come now are for the
         rest of the prompt.
         """
-        check_asked(input_ids, model_kwargs.get("attention_mask"), self.config.text_config.vocab_size)
-        names = ["mm_encoder_outputs", *(name for stream in STREAMS for name in stream.inputs)]
-        tokens = self.model.encode_streams(**{name: model_kwargs.pop(name, None) for name in names})
+        check_generation_inputs(input_ids, model_kwargs.get("attention_mask"), self.config.text_config.vocab_size)
+        names = ["mm_encoder_outputs", *(name for modality in MODALITIES for name in modality.inputs)]
+        tokens = self.model.encode_modalities(**{name: model_kwargs.pop(name, None) for name in names})
         if tokens:
             cache, embeds = model_kwargs.get(CACHE_NAME), model_kwargs.get("inputs_embeds")
             prompts = input_ids[:, cache.get_seq_length() if cache is not None else 0 :] if input_ids.numel() else None
-            if self.config.has_two_way_blocks and model_kwargs.get("token_type_ids") is None:
+            if self.config.has_bidirectional_blocks and model_kwargs.get("token_type_ids") is None:
                 model_kwargs["token_type_ids"] = self.model.get_token_types(prompts, embeds)
             encoded = self._repeat_by_prompt(prompts, embeds, tokens, expand_size)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(

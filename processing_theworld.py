@@ -31,11 +31,11 @@ from .videos_theworld import (
     Clip,
     Sampling,
     count_videos_by_prompt,
-    fill_up,
     flatten_metadata,
     flatten_videos,
     open_clip,
     open_videos,
+    pad_frames,
 )
 
 
@@ -48,7 +48,7 @@ SCALES = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_s
 
 
 class TheWorldImagesKwargs(Gemma3ImageProcessorKwargs, total=False):
-    """The image processors', whether the images are latents already, and which of the two streams are on."""
+    """The image processors', whether the images are latents already, and which of the two modalities are on."""
 
     encoded: bool
     world: bool
@@ -57,7 +57,7 @@ class TheWorldImagesKwargs(Gemma3ImageProcessorKwargs, total=False):
 
 class TheWorldVideosKwargs(ImagesKwargs, total=False):
     """
-    The image processor's, for each frame; which frames are read, what is known of the videos, and whether the stream
+    The image processor's, for each frame; which frames are read, what is known of the videos, and whether the modality
     is on.
     """
 
@@ -277,7 +277,7 @@ class TheWorldProcessor(ProcessorMixin):
                 `video_metadata`, whose `fps` and `frames_indices` say when the frames of lists and arrays were, as
                 `transformers.video_utils.load_video` returns them; without it they have the wanted rate. `size` is
                 that of images and frames that become world tokens,
-                `do_pan_and_scan` and its like are Gemma 3's. `world=False` or `vision=False` leaves one stream out of
+                `do_pan_and_scan` and its like are Gemma 3's. `world=False` or `vision=False` leaves one modality out of
                 prompts and inputs: without the world, they are those of Gemma 3's processor.
 
         Returns:
@@ -481,7 +481,7 @@ class TheWorldProcessor(ProcessorMixin):
             for video, known in zip(videos, flatten_metadata(video_metadata, len(videos)), strict=True)
         ]
         ratio = self.temporal_compression_ratio
-        times = [fill_up(sampling.times(clip), ratio) for clip in clips]
+        times = [pad_frames(sampling.times(clip), ratio) for clip in clips]
         lengths = [len(of_clip) for of_clip in times]
         if len(set(lengths)) > 1:
             raise ValueError(

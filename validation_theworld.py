@@ -7,7 +7,7 @@ from transformers.utils import torch_compilable_check
 
 
 # A label that counts for nothing, as everywhere in transformers.
-IGNORED = -100
+IGNORE_INDEX = -100
 
 
 def check_floating(tensor: torch.Tensor, expected: str, remedy: str) -> None:
@@ -78,7 +78,7 @@ def check_prompts(
             )
 
 
-def check_asked(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, vocab_size: int) -> None:
+def check_generation_inputs(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, vocab_size: int) -> None:
     """Raises a `ValueError` if prompts to answer [batch, S] have ids outside the vocabulary, or end in padding."""
     if input_ids.numel():  # not embeddings
         check_ids_range(input_ids, vocab_size, "input_ids")
@@ -107,7 +107,7 @@ def check_labels(labels: torch.Tensor, logits: torch.Tensor) -> None:
             f"`labels` must be {list(logits.shape[:2])}, one for each position that has logits, got "
             f"{list(labels.shape)}. Leave `logits_to_keep` out in training."
         )
-    check_ids_range(labels, logits.shape[-1], "labels", ignored=IGNORED)
+    check_ids_range(labels, logits.shape[-1], "labels", ignored=IGNORE_INDEX)
 
 
 def check_ids_shape(ids: torch.Tensor, name: str) -> None:

@@ -244,7 +244,7 @@ def steady_times(count: int, fps: float) -> torch.Tensor:
     return torch.arange(count, dtype=torch.float64) / fps
 
 
-def fill_up(times: torch.Tensor, ratio: int) -> torch.Tensor:
+def pad_frames(times: torch.Tensor, ratio: int) -> torch.Tensor:
     """Times with the last repeated until there are 1 + `ratio` k of them, so that no frame is dropped."""
     return torch.cat([times, times[-1:].expand(-(len(times) - 1) % ratio)])
 

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 # Measured on 2 cores by benchmarks/encoder.py. One thread does as well with a quarter of them. Two meet after every
 # operation: the fewer and larger those are, the better, until the points are more than the caches hold.
-TILES_A_BAND = 512
+TILES_PER_BAND = 512
 ROWS_A_BAND = 64
 # For fewer of either, transforming costs more than it saves.
 MIN_TILES, MIN_CHANNELS = 64, 64
@@ -116,7 +116,7 @@ def norm_silu(norm: WanRMS_norm, x: torch.Tensor, out: torch.Tensor) -> None:
     F.silu(out, inplace=True)
 
 
-class SlicesInTime:
+class DirectTemporalKernel:
     """The time slices of a 3x3x3 kernel, each by itself: three products a frame, or one where there is no past."""
 
     together = 1  # frames that are made together
@@ -135,7 +135,7 @@ class SlicesInTime:
             products.baddbmm_(inputs[:, first : first + time * tiles], weights)
 
 
-class PairsInTime:
+class WinogradTemporalKernel:
     """
     Winograd's F(2, 3) over time: two frames made from four together, by four products in place of six.
 
@@ -188,10 +188,10 @@ def norm_silu_conv(
     """
     batch, time, height, width, channels = x.shape
     before = 0 if past is None and time == 1 else 2  # frames that are read besides; of zeros, where there were none
-    kernel = SlicesInTime(conv.weight, before) if time % 2 else PairsInTime(conv.weight)
+    kernel = DirectTemporalKernel(conv.weight, before) if time % 2 else WinogradTemporalKernel(conv.weight)
     steps, together = time // kernel.together, kernel.together
     rows, columns = -(-height // 4), -(-width // 4)  # of tiles
-    rows = min(rows, -(-TILES_A_BAND // (columns * time)))  # in a band
+    rows = min(rows, -(-TILES_PER_BAND // (columns * time)))  # in a band
 
     bands = x.new_zeros(before + time, 4 * rows + 2, 4 * columns + 2, channels)  # zeros around the frames
     by_row = x.new_empty(6, before + time, rows, 4 * columns + 2, channels)

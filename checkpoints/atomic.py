@@ -18,15 +18,15 @@ try:
 except ImportError:  # Windows, where what a killed run left stays
     fcntl = None
 
-SUMS = "SHA256SUMS"
+CHECKSUMS = "SHA256SUMS"
 # The card is for people to go on writing, and sums of it would soon be wrong.
-UNSUMMED = (SUMS, "README.md")
+WITHOUT_CHECKSUM = (CHECKSUMS, "README.md")
 # Of renameat2(2): paths are relative to the working folder; swap the two.
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 
 @contextmanager
-def complete_or_absent(output: Path, overwrite: bool) -> Iterator[Path]:
+def atomic_folder(output: Path, overwrite: bool) -> Iterator[Path]:
     """
     Gives a folder beside `output` to fill, which becomes `output` at the end; until then nothing has changed.
 
@@ -41,12 +41,12 @@ def complete_or_absent(output: Path, overwrite: bool) -> Iterator[Path]:
         raise already_there(output)
     check_replaceable(output)
     restore_or_remove_abandoned(output)
-    partial = beside(output, "partial")
+    partial = sibling(output, "partial")
     partial.mkdir()
-    lock = hold(partial)
+    lock = try_lock(partial)
     try:
         yield partial
-        put_in_place(partial, output, overwrite)
+        replace_folder(partial, output, overwrite)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -65,16 +65,16 @@ def check_replaceable(output: Path) -> None:
     if output.is_mount():
         raise OSError(f"{output} is a disk's root, which cannot be replaced as a whole. Name a folder in it.")
     output.parent.mkdir(parents=True, exist_ok=True)
-    attempt = beside(output, "partial")
+    attempt = sibling(output, "partial")
     attempt.mkdir()
     attempt.rmdir()
 
 
-def beside(output: Path, kind: str) -> Path:
+def sibling(output: Path, kind: str) -> Path:
     return output.with_name(f".{output.name}.{uuid4().hex}.{kind}")
 
 
-def hold(folder: Path) -> int | None:
+def try_lock(folder: Path) -> int | None:
     """A lock on a folder, which ends with the process; None where there are no locks."""
     if fcntl is None:
         return None
@@ -87,7 +87,7 @@ def hold(folder: Path) -> int | None:
     return descriptor
 
 
-def put_in_place(partial: Path, output: Path, overwrite: bool) -> None:
+def replace_folder(partial: Path, output: Path, overwrite: bool) -> None:
     """`partial` becomes `output`, in one step where the system has one that swaps two folders (Linux)."""
     try:
         partial.rename(output)  # to where nothing is, or an empty folder
@@ -100,7 +100,7 @@ def put_in_place(partial: Path, output: Path, overwrite: bool) -> None:
     if exchange(partial, output):
         shutil.rmtree(partial, ignore_errors=True)
         return
-    previous = beside(output, "previous")
+    previous = sibling(output, "previous")
     output.rename(previous)
     partial.rename(output)
     shutil.rmtree(previous, ignore_errors=True)
@@ -122,18 +122,18 @@ def restore_or_remove_abandoned(output: Path) -> None:
                 continue
             case found if found[1] == "previous" and not output.exists():
                 path.rename(output)
-            case _ if fcntl is not None and (lock := hold(path)) is not None:  # nobody is at work on it
+            case _ if fcntl is not None and (lock := try_lock(path)) is not None:  # nobody is at work on it
                 shutil.rmtree(path, ignore_errors=True)
                 os.close(lock)
 
 
-def keep_others(output: Path, partial: Path) -> None:
+def carry_over(output: Path, partial: Path) -> None:
     """
     Gives `partial`, which is to replace `output`, what that holds beside the files of its sums: checkpoints, logs.
 
     They are the same files under two names, where the file system can do that, so that it costs neither time nor room.
     """
-    written = set(read_sums(output)) if (output / SUMS).is_file() else set()
+    written = set(read_checksums(output)) if (output / CHECKSUMS).is_file() else set()
 
     def replaced(folder: str, names: list[str]) -> list[str]:
         paths = {name: (Path(folder) / name).relative_to(output) for name in names}
@@ -157,34 +157,34 @@ def sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
-def write_sums(folder: Path) -> None:
+def write_checksums(folder: Path) -> None:
     """Writes the sums of a folder's files but its card's, in the form that `sha256sum --check` reads."""
-    paths = (path for path in folder.rglob("*") if path.is_file() and path.name not in UNSUMMED)
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.name not in WITHOUT_CHECKSUM)
     files = sorted(path.relative_to(folder) for path in paths)
-    (folder / SUMS).write_text("".join(f"{sha256(folder / file)}  {file.as_posix()}\n" for file in files))
+    (folder / CHECKSUMS).write_text("".join(f"{sha256(folder / file)}  {file.as_posix()}\n" for file in files))
 
 
-def check_sums(folder: Path) -> list[str]:
+def verify_checksums(folder: Path) -> list[str]:
     """
     Compares a folder's files with its sums; gives their names.
 
     Raises:
         ValueError: If there are no sums, or a file is missing or another.
     """
-    sums = read_sums(folder)
+    sums = read_checksums(folder)
     for name, expected in sums.items():
         if not (folder / name).is_file():
-            raise ValueError(f"{folder} lacks {name}, which its {SUMS} lists. Get it again.")
+            raise ValueError(f"{folder} lacks {name}, which its {CHECKSUMS} lists. Get it again.")
         if sha256(folder / name) != expected:
             raise ValueError(f"{folder / name} is not the file that was written: its sha256 differs. Get it again.")
     return list(sums)
 
 
-def read_sums(folder: Path) -> dict[str, str]:
+def read_checksums(folder: Path) -> dict[str, str]:
     """The sum of each of a folder's files, by its name."""
-    if not (folder / SUMS).is_file():
+    if not (folder / CHECKSUMS).is_file():
         raise ValueError(
-            f"{folder} has no {SUMS}, which convert_weights.py and train.py write. Write or get it again."
+            f"{folder} has no {CHECKSUMS}, which convert_weights.py and train.py write. Write or get it again."
         )
-    lines = (line.partition("  ") for line in (folder / SUMS).read_text().splitlines())
+    lines = (line.partition("  ") for line in (folder / CHECKSUMS).read_text().splitlines())
     return {name: expected for expected, _, name in lines}

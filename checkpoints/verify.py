@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from theworld import TheWorldConfig, TheWorldForConditionalGeneration, TheWorldProcessor
-from theworld.checkpoints.atomic import check_sums
+from theworld.checkpoints.atomic import verify_checksums
 
 
 # What Python unpickles, which can run anything.
@@ -125,7 +125,7 @@ def verify(folder: Path, sources: dict[str, Callable[[], torch.Tensor]] | None =
     Raises:
         ValueError: For the first thing that is not right.
     """
-    files = check_sums(folder)
+    files = verify_checksums(folder)
     weights = (path.name for path in folder.iterdir() if path.suffix in (".safetensors", *PICKLED))
     foreign = sorted(name for name in weights if name not in files)
     if foreign:

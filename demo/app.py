@@ -32,7 +32,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from transformers import AutoModel, AutoProcessor, BatchFeature, TextIteratorStreamer
 
 from theworld.demo.ask import BUNDLED
-from theworld.demo.attention import attention_to_world, heat
+from theworld.demo.attention import attention_to_world, overlay_attention
 from theworld.evaluation.scenes import SPLITS, draw_scene
 from theworld.images_theworld import read_image
 
@@ -353,7 +353,7 @@ def answer(picture: Image.Image, question: str, compare: bool, talk: Conversatio
     with TemporaryDirectory() as folder:
         # A file, which Gradio copies. A picture it would write over the same one, even while that is being served.
         overlay = Path(folder) / "look.png"
-        heat(picture, attention_to_world(model, inputs)).save(overlay)
+        overlay_attention(picture, attention_to_world(model, inputs)).save(overlay)
         yield shown(talk, overlay, f"{note}{times}{expected}", kept=before if compare else talk)
         if compare:
             for turn.blind_answer, _ in stream(blind_inputs):

@@ -20,7 +20,7 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor, BatchFeature, PreTrainedModel, ProcessorMixin
 from transformers.generation import BaseStreamer
 
-from theworld.demo.attention import attention_to_world, draw
+from theworld.demo.attention import attention_to_world
 from theworld.evaluation.scenes import Question, draw_scene
 from theworld.images_theworld import read_image
 from theworld.videos_theworld import is_video, open_clip, open_file

@@ -49,7 +49,7 @@ def attention_to_world(model: PreTrainedModel, inputs: Mapping) -> torch.Tensor:
     return weights[of_world].view(-1, height // merge, width // merge).sum(0).float()
 
 
-def heat(image: Image.Image, attention: torch.Tensor) -> Image.Image:
+def overlay_attention(image: Image.Image, attention: torch.Tensor) -> Image.Image:
     """The image in grey, red where the attention is."""
     strength = (attention - attention.min()) / (attention.max() - attention.min())
     strength = F.interpolate(strength[None, None], size=(SIDE, SIDE), mode="bilinear")[0, 0]
@@ -70,7 +70,9 @@ def contact_sheet(latents: torch.Tensor) -> Image.Image:
     return sheet
 
 
-def draw(image: Image.Image, answers: list[tuple[str, str, torch.Tensor]], latents: torch.Tensor) -> Image.Image:
+def draw_report(
+    image: Image.Image, answers: list[tuple[str, str, torch.Tensor]], latents: torch.Tensor
+) -> Image.Image:
     """
     The image, beside it what each answer looked at, and below them the latent.
 
@@ -80,7 +82,7 @@ def draw(image: Image.Image, answers: list[tuple[str, str, torch.Tensor]], laten
         latents: [1, z, h, w].
     """
     panels = [(image.convert("RGB").resize((SIDE, SIDE)), "the picture", f"{image.width} x {image.height} pixels")]
-    panels += [(heat(image, attention), question, answer) for question, answer, attention in answers]
+    panels += [(overlay_attention(image, attention), question, answer) for question, answer, attention in answers]
     sheet = contact_sheet(latents)
     questions = [textwrap.wrap(question, SIDE // 8) for _, question, _ in panels]
     text_height = LINE * (1 + max(len(lines) for lines in questions))

@@ -21,7 +21,7 @@ from .scenes import COLOURS, SHAPES, SIZE, Canvas, Question, Thing, ask_colour, 
 
 NUM_FRAMES = 9
 FPS = 8
-FRAMES_A_LATENT = 4  # after the first
+FRAMES_PER_LATENT = 4  # after the first
 WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 # The share of its way that a thing has left behind, by the share of the time.
 PACES: dict[str, Callable[[float], float]] = {

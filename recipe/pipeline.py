@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from theworld.checkpoints.atomic import complete_or_absent
+from theworld.checkpoints.atomic import atomic_folder
 from theworld.convert_weights import Source, convert
 from theworld.evaluation.scenes import SIZE
 
@@ -76,7 +76,7 @@ def train_all(folder: Path, length: Length) -> None:
         """The folder of a stage's result; `make` gets a folder for its checkpoints and returns what to save."""
         if not (folder / name).exists():
             parts = make(folder / "runs" / name)
-            with complete_or_absent(folder / name, overwrite=False) as unfinished:
+            with atomic_folder(folder / name, overwrite=False) as unfinished:
                 for part in parts:
                     part.save_pretrained(unfinished)
             draw_curves(folder / "runs", folder / "curves.png")

@@ -17,10 +17,10 @@ from random import Random
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from theworld.evaluation.clips import FPS, FRAMES_A_LATENT, NUM_FRAMES, Clip, Mover
+from theworld.evaluation.clips import FPS, FRAMES_PER_LATENT, NUM_FRAMES, Clip, Mover
 from theworld.evaluation.scenes import SIZE, Question, Scene, Thing
 from theworld.processing_theworld import time_stamp
-from theworld.validation_theworld import IGNORED
+from theworld.validation_theworld import IGNORE_INDEX
 
 
 CHAT_TEMPLATE = (Path(__file__).parents[1] / "chat_template.jinja").read_text()
@@ -66,7 +66,7 @@ class RowMaker:
         )
         token_ids = encoded["input_ids"][len(self.opening) : -1]
         answered = encoded["assistant_masks"][len(self.opening) : -1]
-        return token_ids, [token if said else IGNORED for token, said in zip(token_ids, answered, strict=True)]
+        return token_ids, [token if said else IGNORE_INDEX for token, said in zip(token_ids, answered, strict=True)]
 
     def first_token(self, word: str) -> int:
         return self.tokenizer(word, add_special_tokens=False).input_ids[0]
@@ -75,7 +75,7 @@ class RowMaker:
         """The tokens of an image or a latent frame; each token's label is one of the words for what it shows."""
         names = ["<start_of_world>", *[token] * self.grid**2, "<end_of_world>"]
         token_ids = self.tokenizer.convert_tokens_to_ids(names)
-        labels = [IGNORED] * len(names)
+        labels = [IGNORE_INDEX] * len(names)
         pixels = SIZE / self.grid
         for place in range(self.grid**2):
             x, y = (place % self.grid + 0.5) * pixels, (place // self.grid + 0.5) * pixels
@@ -88,7 +88,7 @@ class RowMaker:
         """What a latent frame shows of how a thing moves: how far since the one before, and at last its pace."""
         if frame == 0 or not any(mover.along):
             return ()
-        steps = round(mover.at(frame).distance(mover.at(frame - FRAMES_A_LATENT)) / PIXELS_A_STEP)
+        steps = round(mover.at(frame).distance(mover.at(frame - FRAMES_PER_LATENT)) / PIXELS_A_STEP)
         return (str(steps), mover.pace) if frame == NUM_FRAMES - 1 else (str(steps),)
 
     def world(self, scene: Scene | Clip, random: Random) -> list[Segment]:
@@ -99,9 +99,9 @@ class RowMaker:
             words = [(thing, (thing.colour, thing.shape)) for thing in scene.things]
             return [self.block("<world>", words, random)]
         segments = []
-        for frame in range(0, NUM_FRAMES, FRAMES_A_LATENT):
+        for frame in range(0, NUM_FRAMES, FRAMES_PER_LATENT):
             stamp = self.tokenizer(time_stamp(frame / FPS), add_special_tokens=False).input_ids
-            segments.append(Segment(stamp, [IGNORED] * len(stamp)))
+            segments.append(Segment(stamp, [IGNORE_INDEX] * len(stamp)))
             words = [
                 (mover.at(frame), (mover.thing.colour, mover.thing.shape, *self.motion(mover, frame)))
                 for mover in scene.movers
@@ -110,11 +110,11 @@ class RowMaker:
         return segments
 
     def row(self, scene: Scene | Clip, conversation: bool, random: Random) -> list[Segment]:
-        segments = [Segment(self.opening, [IGNORED] * len(self.opening)), *self.world(scene, random)]
+        segments = [Segment(self.opening, [IGNORE_INDEX] * len(self.opening)), *self.world(scene, random)]
         questions = random.sample(scene.questions, min(QUESTIONS_PER_ROW, len(scene.questions)))
         for number, question in enumerate(questions):
             if conversation and number > 0:
-                segments.append(Segment(self.next_turn, [IGNORED] * len(self.next_turn)))
+                segments.append(Segment(self.next_turn, [IGNORE_INDEX] * len(self.next_turn)))
             segments.append(Segment(*self.encode(question), group=0 if conversation else number + 1))
         return segments
 
@@ -129,7 +129,7 @@ class RowMaker:
         rows = [self.row(scene, conversation, random) for scene in scenes]
         shape = (len(rows), max(sum(len(segment.token_ids) for segment in row) for row in rows))
         input_ids = torch.full(shape, self.tokenizer.pad_token_id)
-        labels = torch.full(shape, IGNORED)
+        labels = torch.full(shape, IGNORE_INDEX)
         position_ids = torch.zeros(shape, dtype=torch.long)
         groups = torch.full(shape, -1)
         for row, segments in enumerate(rows):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from theworld.encoder_theworld import TheWorldEncoder
-from theworld.evaluation.clips import FRAMES_A_LATENT, make_clip
+from theworld.evaluation.clips import FRAMES_PER_LATENT, make_clip
 from theworld.evaluation.scenes import SPLITS, draw_scene
 
 from . import align
@@ -74,11 +74,11 @@ class Playback(nn.Module):
         self.model = model
         z_dim = model.config.world_config.z_dim
         self.conv_1 = nn.Conv2d(z_dim, 96, 3, padding=1)
-        self.conv_2 = nn.Conv2d(96, FRAMES_A_LATENT * 3 * 16, 3, padding=1)
+        self.conv_2 = nn.Conv2d(96, FRAMES_PER_LATENT * 3 * 16, 3, padding=1)
 
     def forward(self, frames: torch.Tensor) -> dict[str, torch.Tensor]:
         latents = self.model.get_world_latents(frames)[:, 1:].flatten(0, 1)
-        moments = frames[:, 1:].unflatten(1, (-1, FRAMES_A_LATENT)).flatten(0, 1)
+        moments = frames[:, 1:].unflatten(1, (-1, FRAMES_PER_LATENT)).flatten(0, 1)
         with torch.no_grad():
             as_images = self.model.get_world_latents(moments[:, -1])
         played = F.pixel_shuffle(self.conv_2(F.silu(self.conv_1(latents))), 4)  # at half the size

@@ -19,7 +19,7 @@ from transformers import ProcessorMixin
 from trl import prepare_multimodal_messages
 
 from theworld.images_theworld import read_image
-from theworld.validation_theworld import IGNORED
+from theworld.validation_theworld import IGNORE_INDEX
 
 
 COLUMNS = ("messages", "images")
@@ -58,7 +58,9 @@ def load_conversations(name: str, split: str, collator: "ConversationCollator") 
     check_columns(dataset, name)
     dataset = dataset.select_columns(list(COLUMNS))
     if not isinstance(getattr(dataset.features["images"], "feature", None), Image):
-        dataset = dataset.map(lambda row, number: {"images": existing_images(folder, row, number)}, with_indices=True)
+        dataset = dataset.map(
+            lambda row, number: {"images": resolve_image_paths(folder, row, number)}, with_indices=True
+        )
     dataset = dataset.cast_column("images", List(Image()))
     stored = dataset.cast_column("images", List(Image(decode=False)))
     for number, row in enumerate(tqdm(stored, desc=f"checking {split}", unit="row", disable=None)):
@@ -141,13 +143,13 @@ def listed(images: Any) -> list:
     return images
 
 
-def existing_images(folder: Path, row: dict, number: int) -> list[str]:
+def resolve_image_paths(folder: Path, row: dict, number: int) -> list[str]:
     """The paths of a row's images in a dataset's folder."""
     with named(number):
-        return [existing(folder, image) for image in listed(row["images"])]
+        return [resolve_image_path(folder, image) for image in listed(row["images"])]
 
 
-def existing(folder: Path, image: str) -> str:
+def resolve_image_path(folder: Path, image: str) -> str:
     """The path of an image in a dataset's folder; a dataset is not to read what lies elsewhere, by links neither."""
     if not isinstance(image, str):
         raise ValueError(f"An image must be a path, got {image!r:.60}.")
@@ -277,7 +279,7 @@ class ConversationCollator:
             conversations, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs=processor_kwargs
         )
         self.check_length(batch["input_ids"].shape[1])
-        batch["labels"] = torch.full_like(batch["input_ids"], IGNORED)
+        batch["labels"] = torch.full_like(batch["input_ids"], IGNORE_INDEX)
         for row, messages in enumerate(conversations):
             self.label(messages, batch["input_ids"][row], batch["labels"][row])
         return dict(batch)

@@ -27,13 +27,13 @@ from safetensors import safe_open
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel, ProcessorMixin
 
-from theworld.checkpoints.atomic import complete_or_absent
+from theworld.checkpoints.atomic import atomic_folder
 from theworld.training.data import ConversationCollator, load_conversations, named
 
 
 MANIFEST = "manifest.json"
 ENCODER = "model.world_encoder."
-IMAGES_AT_ONCE = 16
+IMAGES_PER_BATCH = 16
 # Fields of the image processor that decide which pixels an image becomes.
 READING = ("size", "resample", "rescale_factor", "image_mean", "image_std", "do_rescale", "do_normalize")
 
@@ -164,8 +164,8 @@ def load_latents(folder: Path, model: str, collator: ConversationCollator, split
 def encode(model: PreTrainedModel, processor: ProcessorMixin, images: list) -> torch.Tensor:
     """Latents [B, z, h, w] of images, in float32."""
     batches = []
-    for start in range(0, len(images), IMAGES_AT_ONCE):
-        pixel_values = processor(images=images[start : start + IMAGES_AT_ONCE], return_tensors="pt")["pixel_values"]
+    for start in range(0, len(images), IMAGES_PER_BATCH):
+        pixel_values = processor(images=images[start : start + IMAGES_PER_BATCH], return_tensors="pt")["pixel_values"]
         with torch.no_grad():
             batches.append(model.get_world_latents(pixel_values.to(model.device)).float().cpu())
     return torch.cat(batches) if batches else torch.empty(0)
@@ -206,7 +206,7 @@ def precompute(model: str, dataset: str, split: str, output: Path, rows_a_shard:
                 latents = encode(encoder, processor, [image for images in some["images"] for image in images])
                 flat = [of_row.flatten().numpy().astype(dtype) for of_row in latents.split(counts)]
                 encoded = some.remove_columns("images").add_column("world_latents", flat)
-                with complete_or_absent(output / shard, overwrite=False) as unfinished:
+                with atomic_folder(output / shard, overwrite=False) as unfinished:
                     encoded.cast_column("world_latents", List(Value(dtype))).save_to_disk(unfinished)
             progress.update(len(some))
 

@@ -35,13 +35,13 @@ from transformers.utils import CONFIG_NAME
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 from theworld.checkpoints.atomic import (
-    beside,
+    carry_over,
     check_replaceable,
-    hold,
-    keep_others,
-    put_in_place,
+    replace_folder,
     restore_or_remove_abandoned,
-    write_sums,
+    sibling,
+    try_lock,
+    write_checksums,
 )
 from theworld.training.data import ConversationCollator, load_conversations
 from theworld.training.precompute_latents import checkpoint_folder, encoder_tensors, is_latents, load_latents
@@ -125,9 +125,9 @@ class Trainer(SFTTrainer):
         """A folder beside `output` for all processes to fill; if `name` fails it goes, and `output` is as it was."""
         if self.is_world_process_zero():
             restore_or_remove_abandoned(output)
-        (partial,) = broadcast_object_list([beside(output, "partial")])
+        (partial,) = broadcast_object_list([sibling(output, "partial")])
         partial.mkdir(parents=True, exist_ok=True)
-        lock = hold(partial)
+        lock = try_lock(partial)
         try:
             yield partial
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -154,9 +154,9 @@ class Trainer(SFTTrainer):
                 if self.state.best_model_checkpoint == str(written):
                     self.state.best_model_checkpoint = str(run / name)
                     self.state.save_to_json(str(written / TRAINER_STATE_NAME))
-                write_sums(written)
+                write_checksums(written)
                 run.mkdir(parents=True, exist_ok=True)
-                put_in_place(written, run / name, overwrite=True)
+                replace_folder(written, run / name, overwrite=True)
                 best = self.state.best_model_checkpoint
                 rotate_checkpoints(str(run), self.args.save_total_limit, best_model_checkpoint=best, use_mtime=True)
 
@@ -169,9 +169,9 @@ class Trainer(SFTTrainer):
             super().save_model(str(partial), _internal_call=True)
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
-                write_sums(partial)
-                keep_others(output, partial)
-                put_in_place(partial, output, overwrite=True)
+                write_checksums(partial)
+                carry_over(output, partial)
+                replace_folder(partial, output, overwrite=True)
         self.accelerator.wait_for_everyone()  # what a process writes into `output` before is lost
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)

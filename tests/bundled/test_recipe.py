@@ -12,7 +12,7 @@ from torch import nn
 from recipe import conversations, training, watch
 from recipe.evaluate import interval
 from recipe.pipeline import Length, train_all
-from recipe.sequences import IGNORED, AnswerLoss, RowMaker
+from recipe.sequences import IGNORE_INDEX, AnswerLoss, RowMaker
 from recipe.vae import pixels_of
 from theworld import TheWorldForConditionalGeneration, TheWorldProcessor
 from theworld.evaluation.clips import make_clip
@@ -62,7 +62,7 @@ def test_a_row_asks_each_question_as_a_user_would(kind, rows, model, processor, 
             asked, labels = rows.encode(question)
             for start in range(len(token_ids)):
                 if token_ids[start : start + len(asked)] == asked:
-                    places[start + labels.count(IGNORED) - 1] = question
+                    places[start + labels.count(IGNORE_INDEX) - 1] = question
         assert len(places) == min(conversations.QUESTIONS_PER_ROW, len(scene.questions)) > 0
         turns = []
         for place, question in sorted(places.items()):
@@ -82,7 +82,7 @@ def test_a_world_token_learns_the_name_of_what_is_drawn_at_its_place(rows):
         # The model shifts labels: a token's own label is the one after it.
         labels = batch["labels"][0].roll(-1)[is_world].view(8, 8)
         named = set()
-        for row, column in (labels != IGNORED).nonzero().tolist():
+        for row, column in (labels != IGNORE_INDEX).nonzero().tolist():
             name = rows.tokenizer.convert_ids_to_tokens(labels[row, column].item())
             named.add(name)
             patch = scene.image.crop((column * 8 - 4, row * 8 - 4, column * 8 + 12, row * 8 + 12))
@@ -101,7 +101,7 @@ def test_the_accuracy_counts_answers_and_not_world_tokens():
             return type("Output", (), {"loss": logits.sum(), "logits": logits})
 
     input_ids = torch.tensor([[1, 7, 7, 2, 3, 5, 2, 4, 5]])  # 7 is a world token; the answers are 3 5 and 4 5
-    labels = torch.tensor([[IGNORED, IGNORED, 3, IGNORED, 3, 5, IGNORED, 4, 5]])
+    labels = torch.tensor([[IGNORE_INDEX, IGNORE_INDEX, 3, IGNORE_INDEX, 3, 5, IGNORE_INDEX, 4, 5]])
     assert AnswerLoss(Parrot())(input_ids, labels)["accuracy"] == 0.5
 
 

@@ -19,7 +19,7 @@ from transformers import AutoModel
 from tests.helpers.training_runs import write_conversations
 from theworld import convert_weights
 from theworld.checkpoints import atomic
-from theworld.checkpoints.atomic import SUMS, UNSUMMED, check_sums, complete_or_absent, write_sums
+from theworld.checkpoints.atomic import CHECKSUMS, WITHOUT_CHECKSUM, atomic_folder, verify_checksums, write_checksums
 from theworld.training import train
 
 
@@ -58,16 +58,16 @@ def test_a_folder_is_replaced_and_nothing_stays_beside(tmp_path, monkeypatch, sw
     if not swaps:
         monkeypatch.setattr(atomic, "exchange", lambda one, other: False)
     for content in ("old", "new"):
-        with complete_or_absent(tmp_path / "out", overwrite=True) as partial:
+        with atomic_folder(tmp_path / "out", overwrite=True) as partial:
             write(partial, content)
         assert read(tmp_path / "out") == content and len(list(tmp_path.iterdir())) == 1
 
 
 def test_what_a_killed_run_had_moved_away_comes_back(tmp_path):
-    with complete_or_absent(tmp_path / "out", overwrite=False) as partial:
+    with atomic_folder(tmp_path / "out", overwrite=False) as partial:
         write(partial, "old")
-    (tmp_path / "out").rename(atomic.beside(tmp_path / "out", "previous"))
-    with pytest.raises(RuntimeError), complete_or_absent(tmp_path / "out", overwrite=True):
+    (tmp_path / "out").rename(atomic.sibling(tmp_path / "out", "previous"))
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "out", overwrite=True):
         raise RuntimeError("the next run fails as well")
     assert read(tmp_path / "out") == "old" and len(list(tmp_path.iterdir())) == 1
 
@@ -76,9 +76,9 @@ def test_what_a_killed_run_had_moved_away_comes_back(tmp_path):
 def test_of_two_runs_that_write_the_same_one_is_there_whole(tmp_path, overwrite):
     output = tmp_path / "out"
     try:
-        with complete_or_absent(output, overwrite) as first:
+        with atomic_folder(output, overwrite) as first:
             write(first, "first")
-            with complete_or_absent(output, overwrite) as second:
+            with atomic_folder(output, overwrite) as second:
                 assert first.is_dir()  # somebody is at work on it
                 write(second, "second")
             assert read(output) == "second"
@@ -95,7 +95,7 @@ def test_a_target_that_cannot_be_written_is_named_in_one_line(sources, capsys):
             if user == 0:  # whom no permission stops
                 os.seteuid(65534)
             arguments = ["--vae", str(sources / "pipeline"), "--gemma", str(sources / "gemma2")]
-            with pytest.raises(PermissionError, match=folder), complete_or_absent(Path(folder) / "out", False):
+            with pytest.raises(PermissionError, match=folder), atomic_folder(Path(folder) / "out", False):
                 pass
         finally:
             os.seteuid(user)
@@ -108,7 +108,7 @@ def test_a_target_that_cannot_be_written_is_named_in_one_line(sources, capsys):
 def test_a_disks_root_is_refused_before_any_work(capsys):
     with pytest.raises(OSError, match="/dev/shm is a disk's root, which cannot be replaced as a whole. Name a folder"):
         train.main(["--dataset", "none", "--model", "none", "--output_dir", "/dev/shm"])
-    with pytest.raises(OSError, match="Name a folder in it"), complete_or_absent(Path("/dev/shm"), True):
+    with pytest.raises(OSError, match="Name a folder in it"), atomic_folder(Path("/dev/shm"), True):
         pass
 
 
@@ -124,14 +124,14 @@ def test_what_others_wrote_into_a_folder_stays_as_it_is_replaced(tmp_path, monke
         folder.mkdir()
         for file in files:
             (folder / file).write_text(f"{file} of {folder.name}")
-        write_sums(folder)
+        write_checksums(folder)
     (output / "checkpoint-1").mkdir()
     (output / "checkpoint-1" / "model").write_text("of a checkpoint")
     (output / "log").symlink_to(tmp_path)
-    atomic.keep_others(output, partial)
-    atomic.put_in_place(partial, output, overwrite=True)
+    atomic.carry_over(output, partial)
+    atomic.replace_folder(partial, output, overwrite=True)
     assert {path.name for path in output.iterdir()} == {"SHA256SUMS", "model", "checkpoint-1", "log"}
-    assert check_sums(output) == ["model"] and (output / "model").read_text() == "model of partial"
+    assert verify_checksums(output) == ["model"] and (output / "model").read_text() == "model of partial"
     assert (output / "checkpoint-1" / "model").read_text() == "of a checkpoint"
     assert (output / "log").readlink() == tmp_path and [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -147,7 +147,8 @@ def test_a_full_disk_leaves_what_was_there(convert, sources, tmp_path, capfd):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert code == 1 and "File too large" in capfd.readouterr().err.splitlines()[-1]
     assert (
-        len(check_sums(output)) == len(list(output.iterdir())) - len(UNSUMMED) and len(list(tmp_path.iterdir())) == 1
+        len(verify_checksums(output)) == len(list(output.iterdir())) - len(WITHOUT_CHECKSUM)
+        and len(list(tmp_path.iterdir())) == 1
     )
 
 
@@ -160,7 +161,7 @@ def verify(capsys, *arguments: Path | str) -> tuple[int, str]:
 
 def test_a_whole_checkpoint_is_verified_against_its_sources_too(convert, sources, capsys):
     code, line = verify(capsys, convert("gemma2"))
-    files = len(list(convert("gemma2").iterdir())) - len(UNSUMMED)
+    files = len(list(convert("gemma2").iterdir())) - len(WITHOUT_CHECKSUM)
     assert code == 0 and line.startswith(f"{files} files with their sums; ")
     assert line.endswith("that the config describes.")
     both = ["--vae", sources / "pipeline", "--gemma", sources / "gemma2"]
@@ -169,7 +170,7 @@ def test_a_whole_checkpoint_is_verified_against_its_sources_too(convert, sources
     assert code == 0 and line.endswith(f", {from_sources} equal to the sources'.")
     for options in ([], ["--dtype", "bfloat16"], ["--token-layout", "channel"], ["--latent-merge-size", "2"]):
         assert verify(capsys, convert("gemma2", *options), *both)[0] == 0
-    subprocess.run(["sha256sum", "--check", "--quiet", SUMS], cwd=convert("gemma2"), check=True)
+    subprocess.run(["sha256sum", "--check", "--quiet", CHECKSUMS], cwd=convert("gemma2"), check=True)
 
 
 def test_a_tuned_checkpoint_differs_from_its_sources(convert, sources, tmp_path, capsys):
@@ -184,7 +185,7 @@ def spoiled(folder: Path, tmp_path: Path, spoil, sums: bool = True) -> Path:
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     spoil(copy)
     if sums:
-        write_sums(copy)
+        write_checksums(copy)
     return copy
 
 
@@ -234,7 +235,7 @@ def listed_twice(content: bytes) -> bytes:
 
 NORM = "model.language_model.norm.weight"
 SPOILED = {
-    "no sums": (lambda folder: (folder / SUMS).unlink(), f"has no {SUMS}, which"),
+    "no sums": (lambda folder: (folder / CHECKSUMS).unlink(), f"has no {CHECKSUMS}, which"),
     "a file less": (lambda folder: (folder / "config.json").unlink(), "lacks config.json, which its"),
     "a bit flipped": (
         edit("model.safetensors", lambda content: content[:-1] + bytes([content[-1] ^ 1])),

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from theworld.checkpoints.atomic import SUMS, check_sums
+from theworld.checkpoints.atomic import CHECKSUMS, verify_checksums
 
 
 # Operations that change which folder is where: each is a moment. Of the others there are too many.
@@ -91,8 +91,8 @@ def state(output: Path) -> str | None:
     """What a folder holds, in a word, after all of its files were compared with their sums; None if there is none."""
     if not output.exists():
         return None
-    check_sums(output)
-    return (output / SUMS).read_text()
+    verify_checksums(output)
+    return (output / CHECKSUMS).read_text()
 
 
 def kill_conversions(vae: str, gemma: str, output: Path, number: int) -> dict[str, int]:

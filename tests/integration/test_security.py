@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from theworld import versions_theworld
-from theworld.training.data import existing
+from theworld.training.data import resolve_image_path
 
 
 ROOT = Path(__file__).parents[2]
@@ -65,7 +65,7 @@ def test_a_datasets_paths_stay_in_its_folder(tmp_path, image):
     (tmp_path / "data" / "images").mkdir(parents=True)
     (tmp_path / "data" / "images" / "link.png").symlink_to(tmp_path / "secret.png")
     with pytest.raises(ValueError, match="is outside the dataset's folder .* Put it there"):
-        existing(tmp_path / "data", image)
+        resolve_image_path(tmp_path / "data", image)
 
 
 def test_a_datasets_own_paths_are_read(tmp_path, monkeypatch):
@@ -73,9 +73,9 @@ def test_a_datasets_own_paths_are_read(tmp_path, monkeypatch):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(b"")
     for image in ("images/a.png", "images/../images/a.png", str(tmp_path / "images" / "a.png")):
-        assert existing(Path("."), image) == str(tmp_path / "images" / "a.png")
+        assert resolve_image_path(Path("."), image) == str(tmp_path / "images" / "a.png")
     with pytest.raises(ValueError, match="does not exist"):
-        existing(Path("."), "b.png")
+        resolve_image_path(Path("."), "b.png")
 
 
 def test_the_package_requires_the_oldest_tested_versions_without_upper_bounds():

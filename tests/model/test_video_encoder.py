@@ -12,7 +12,7 @@ from torch import nn
 
 from benchmarks.measure import MEMORY, in_turns, run_fresh
 from theworld import TheWorldEncoderConfig, wan_blocks_theworld
-from theworld.encoder_theworld import PIXELS_A_CHUNK, PIXELS_AT_ONCE, TheWorldEncoder, VideoCache
+from theworld.encoder_theworld import PIXELS_PER_CHUNK, PIXELS_PER_PASS, TheWorldEncoder, VideoCache
 from theworld.wan_blocks_theworld import use_frame_modules
 
 
@@ -94,8 +94,8 @@ def test_the_first_latent_is_that_of_the_first_frame_as_an_image(small):
 @torch.no_grad()
 def test_a_cache_goes_on_where_it_was(small, monkeypatch):
     _, encoder = small
-    monkeypatch.setitem(PIXELS_AT_ONCE, "cpu", 4 * 64 * 64)  # two videos in turn, each with its own past
-    monkeypatch.setitem(PIXELS_A_CHUNK, "cpu", 4 * 64 * 64)
+    monkeypatch.setitem(PIXELS_PER_PASS, "cpu", 4 * 64 * 64)  # two videos in turn, each with its own past
+    monkeypatch.setitem(PIXELS_PER_CHUNK, "cpu", 4 * 64 * 64)
     videos = random_videos(2, 13, 64, 64)
     whole, cache = encoder(videos), VideoCache()
     sizes = []

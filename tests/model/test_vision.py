@@ -549,7 +549,7 @@ GOOD_FIELDS = {
 )
 def test_fields_that_do_not_fit_are_refused(fields, message):
     config = TheWorldConfig(**GOOD_FIELDS)
-    assert config.vision_config.model_type == "siglip_vision_model" and config.has_two_way_blocks
+    assert config.vision_config.model_type == "siglip_vision_model" and config.has_bidirectional_blocks
     with pytest.raises((ValueError, StrictDataclassError), match=message):
         TheWorldConfig(**{**GOOD_FIELDS, **fields})
 

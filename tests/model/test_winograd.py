@@ -11,7 +11,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample, WanRes
 from torch import nn
 
 from theworld import TheWorldEncoderConfig, wan_blocks_theworld
-from theworld.encoder_theworld import PIXELS_AT_ONCE, TheWorldEncoder
+from theworld.encoder_theworld import PIXELS_PER_PASS, TheWorldEncoder
 from theworld.wan_blocks_theworld import use_frame_modules
 
 
@@ -208,7 +208,7 @@ def test_threads_share_an_encoder_in_bands(encoder, winograd):
 
 @torch.no_grad()
 def test_a_batch_is_encoded_together_up_to_a_number_of_pixels(encoder, monkeypatch):
-    monkeypatch.setitem(PIXELS_AT_ONCE, "cpu", 3 * 32 * 32)
+    monkeypatch.setitem(PIXELS_PER_PASS, "cpu", 3 * 32 * 32)
     pictures = images(7, 32)
     with mock.patch.object(encoder.encoder, "forward", wraps=encoder.encoder.forward) as forward:
         latents = encoder(pictures)
