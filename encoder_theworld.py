@@ -1,5 +1,5 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
-"""The encoder of the Wan VAE: images and videos to latents."""
+"""The encoder of the Wan VAE, from images and videos to latents."""
 
 from dataclasses import dataclass
 
@@ -13,27 +13,26 @@ from .validation_theworld import check_floating
 from .wan_blocks_theworld import use_frame_modules
 
 
-# Images are encoded together up to so many pixels, which bounds memory: one of 256 x 256 on a CPU, where more at once
-# are slower, and eight of 512 x 512 elsewhere.
+# Pixels per forward pass, which bounds memory: one image of 256 x 256 on a CPU, where larger batches are slower, and
+# eight of 512 x 512 elsewhere.
 PIXELS_PER_PASS = {"cpu": 2**16, "accelerator": 2**21}
-# A video's frames go through in chunks of so many pixels, or of the fewest frames that make a latent: the more frames
-# together, the less often a kernel is transformed. Sixteen of 128 x 128 on a CPU.
+# Pixels per chunk of a video, but at least the frames of one latent frame: sixteen frames of 128 x 128 on a CPU.
+# Larger chunks amortize the Winograd transform of the kernels.
 PIXELS_PER_CHUNK = {"cpu": 2**18, "accelerator": 2**21}
 
 
 @dataclass
 class VideoCache:
     """
-    What the encoder is to remember of videos whose next frames are still to come; the caller holds it.
+    The encoder's state between chunks of videos, owned by the caller.
 
-    A call of [`TheWorldEncoder`] reads on from it and replaces what it holds, but never writes to a tensor in it. So
-    `copy.copy(cache)` stays at a place in the videos, and two continuations may start from there. Its size does not
-    depend on how many frames there were.
+    Each call of [`TheWorldEncoder`] replaces its tensors and never writes into them, so `copy.copy(cache)` is a
+    snapshot from which several continuations can start. Its size does not depend on the number of frames.
     """
 
-    shape: tuple[int, ...] = ()  # of the videos: B, 3, H, W
+    shape: tuple[int, ...] = ()  # B, 3, H, W of the videos
     num_frames: int = 0
-    # diffusers' `feat_cache` of each part of the batch that is encoded together.
+    # diffusers' `feat_cache`, one for each group of videos that is encoded together.
     layers: tuple[list[torch.Tensor | None], ...] = ()
 
 
@@ -41,8 +40,8 @@ class TheWorldEncoder(nn.Module):
     """
     The encoder of a Wan VAE, built from diffusers' own modules, for images and videos.
 
-    It holds the parameters of `AutoencoderKLWan.encoder` and `.quant_conv` under their diffusers names, and keeps
-    nothing between calls, so threads may share it.
+    Its parameters are those of `AutoencoderKLWan.encoder` and `.quant_conv`, with their diffusers names. It keeps no
+    state between calls, so threads can share it.
     """
 
     def __init__(self, config: TheWorldEncoderConfig):
@@ -64,63 +63,62 @@ class TheWorldEncoder(nn.Module):
         """
         Encodes images or videos to the mode of their latent distribution: deterministic and differentiable.
 
-        A video goes through a few frames at a time, and each latent frame knows all frames before it: the first is
-        that of the first frame as an image, and each other is made of `config.temporal_compression_ratio` = 4 frames.
+        A video is encoded a few frames at a time. The first latent frame is that of the first frame as an image. Each
+        later one encodes `config.temporal_compression_ratio` = 4 frames and depends on all earlier ones.
 
         Args:
             pixel_values: Images [B, 3, H, W] or videos [B, T, 3, H, W], floating point, in [-1, 1], H and W multiples
                 of 8, T = 1 + 4k.
-            cache: For videos whose next frames come in another call: give the same one each time. After the first
-                call, T = 4k.
+            cache: To encode videos in several calls, pass the same cache to each. After the first call, T = 4k.
 
         Returns:
-            Latents [B, z, H / 8, W / 8] of images, [B, 1 + k, z, H / 8, W / 8] of videos (k of them where it goes on
-            from a cache), in the encoder's dtype, not normalised; what
-            `AutoencoderKLWan.encode(videos.transpose(1, 2)).latent_dist.mode().transpose(1, 2)` returns.
+            Latents [B, z, H / 8, W / 8] of images, [B, 1 + k, z, H / 8, W / 8] of videos (k of them after the first
+            call with a cache), in the encoder's dtype, not normalized; equal to
+            `AutoencoderKLWan.encode(videos.transpose(1, 2)).latent_dist.mode().transpose(1, 2)`.
 
         Raises:
             TypeError: If `pixel_values` is not floating point.
-            ValueError: If its shape or its range is another, or the cache is one of other videos.
+            ValueError: If its shape or range is wrong, or the cache belongs to other videos.
         """
         self.check(pixel_values)
-        # A quantized weight is stored as integers; a bias has the dtype that the layer computes in.
-        pixels = pixel_values.to(self.quant_conv.bias.dtype)
+        # Not the weight's dtype: a quantized weight is stored as integers.
+        pixels = pixel_values.to(self.quant_conv.bias.dtype)  # type: ignore[union-attr] # Wan's has a bias
         if pixels.dim() == 5:
             return self.encode_videos(pixels, VideoCache() if cache is None else cache)
         if cache is not None:
-            raise ValueError("A `cache` goes with videos [B, T, 3, H, W], but images came.")
-        if torch.compiler.is_compiling():  # the compiler chooses the layout, and one graph serves all sizes
+            raise ValueError("A `cache` needs videos [B, T, 3, H, W], got images [B, 3, H, W].")
+        if torch.compiler.is_compiling():  # the compiler chooses the layout; one graph works for all sizes
             return self.mode(pixels.unsqueeze(2)).squeeze(2)
         pixels = pixels.contiguous(memory_format=torch.channels_last)
-        return torch.cat([self.mode(some.unsqueeze(2)).squeeze(2) for some in pixels.split(self.at_once(pixels))])
+        return torch.cat([self.mode(some.unsqueeze(2)).squeeze(2) for some in pixels.split(self.batch_size(pixels))])
 
     def check(self, pixel_values: torch.Tensor) -> None:
-        """Raises the errors of `forward` that pixels alone can cause."""
+        """Checks dtype, shape and range; see `forward`."""
         channels, ratio = self.config.in_channels, self.config.spatial_compression_ratio
         check_floating(
             pixel_values,
             "`pixel_values` must be floating point in [-1, 1]",
-            "TheWorldProcessor converts images; by hand it is `image / 127.5 - 1`.",
+            "TheWorldProcessor converts images; without it, use `image / 127.5 - 1`.",
         )
         shape = tuple(pixel_values.shape)
         if len(shape) not in (4, 5) or shape[-3] != channels or 0 in shape or shape[-2] % ratio or shape[-1] % ratio:
             raise ValueError(
-                f"`pixel_values` must be [B, {channels}, H, W], or [B, T, {channels}, H, W] for videos, with one "
-                f"image or more and H and W multiples of {ratio}, got {list(shape)}. TheWorldProcessor resizes images "
-                "to such a size."
+                f"`pixel_values` must be [B, {channels}, H, W], or [B, T, {channels}, H, W] for videos, with at least "
+                f"one image, and H and W multiples of {ratio}, got {list(shape)}. TheWorldProcessor resizes images to "
+                "such a size."
             )
-        # The slack is for rounding; NaN fails the comparison too.
+        # The tolerance is for rounding. NaN fails the comparison too.
         least, greatest = pixel_values.aminmax()
         torch_compilable_check(
             (least >= -1.001) & (greatest <= 1.001),
-            "`pixel_values` must be in [-1, 1] (0..255 maps there by `image / 127.5 - 1`), but values lie outside, or "
-            "are NaN. TheWorldProcessor scales images to that range.",
+            "`pixel_values` must be in [-1, 1] (from 0..255: `image / 127.5 - 1`), but some are outside or NaN. "
+            "TheWorldProcessor scales images to that range.",
         )
 
-    def at_once(self, pixels: torch.Tensor, limits: dict[str, int] = PIXELS_PER_PASS, each: int = 1) -> int:
-        """How many times `each` images [.., H, W] go through together; once or more."""
+    def batch_size(self, pixels: torch.Tensor, limits: dict[str, int] = PIXELS_PER_PASS, frames: int = 1) -> int:
+        """How many items, each of `frames` images [.., H, W], are encoded together; at least one."""
         limit = limits["cpu" if pixels.device.type == "cpu" else "accelerator"]
-        return max(1, limit // (pixels.shape[-2] * pixels.shape[-1] * each))
+        return max(1, limit // (pixels.shape[-2] * pixels.shape[-1] * frames))
 
     def encode_videos(self, videos: torch.Tensor, cache: VideoCache) -> torch.Tensor:
         """Latents of checked videos [B, T, 3, H, W]; see `forward`."""
@@ -130,17 +128,20 @@ class TheWorldEncoder(nn.Module):
         if num_frames % ratio != first % ratio:
             raise ValueError(
                 f"Videos must have {f'1 + {ratio}k' if first else f'{ratio}k'} frames"
-                f"{'' if first else ' where a cache has the frames before'}, got {num_frames}. Leave some out, or "
-                "repeat the last."
+                f"{'' if first else ' if the cache has earlier frames'}, got {num_frames}. Remove frames, or repeat "
+                "the last one."
             )
         if cache.num_frames and cache.shape != shape:
-            raise ValueError(f"The cache is one of videos [B, 3, H, W] = {list(cache.shape)}, got {list(shape)}.")
+            raise ValueError(
+                f"The cache belongs to videos [B, 3, H, W] = {list(cache.shape)}, got {list(shape)}. Pass a new "
+                "`VideoCache()` for other videos."
+            )
 
-        groups = videos.split(self.at_once(videos, each=ratio))
-        chunk = ratio * self.at_once(videos, PIXELS_PER_CHUNK, each=ratio * len(groups[0]))
+        groups = videos.split(self.batch_size(videos, frames=ratio))
+        chunk = ratio * self.batch_size(videos, PIXELS_PER_CHUNK, frames=ratio * len(groups[0]))
         num_convs = sum(isinstance(module, WanCausalConv3d) for module in self.encoder.modules())
         layers = [list(past) for past in cache.layers] or [[None] * num_convs for _ in groups]
-        # The compiler chooses the layout; one frame's channels last it gets wrong (torch 2.13).
+        # The compiler chooses the layout; with channels last, one frame comes out wrong (torch 2.13).
         layout = torch.contiguous_format if torch.compiler.is_compiling() else torch.channels_last_3d
         latents = []
         for group, past in zip(groups, layers, strict=True):
@@ -148,7 +149,7 @@ class TheWorldEncoder(nn.Module):
             chunks = (frames[:, :, :first], *frames[:, :, first:].split(chunk, dim=2))
             encoded = [self.mode(c.contiguous(memory_format=layout), past) for c in chunks if c.shape[2]]
             latents.append(torch.cat(encoded, dim=2))
-        # Last, so that a call that failed leaves the cache where it was.
+        # Last, so that a call that fails leaves the cache unchanged.
         cache.shape, cache.num_frames, cache.layers = shape, cache.num_frames + num_frames, tuple(layers)
         return torch.cat(latents).transpose(1, 2)
 

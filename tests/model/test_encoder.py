@@ -1,4 +1,4 @@
-"""Pins the world encoder to diffusers: the same latents, no state between calls, nothing built that is not used."""
+"""Tests the world encoder against diffusers: the same latents, no state between calls, nothing unused is built."""
 
 import threading
 from statistics import median
@@ -56,7 +56,7 @@ def test_latents_are_the_mode_of_diffusers(vae, encoder, batch, height, width):
 
 
 @torch.no_grad()
-def test_an_image_gives_the_same_latent_alone_and_in_a_batch(encoder):
+def test_a_batch_has_the_latents_of_single_images(encoder):
     images = random_images(3, 32, 32)
     alone = torch.cat([encoder(image.unsqueeze(0)) for image in images])
     torch.testing.assert_close(encoder(images), alone, atol=FLOAT32_TOLERANCE, rtol=0)
@@ -74,7 +74,7 @@ def test_one_frame_costs_nine_times_fewer_operations(vae, encoder):
 
 
 @torch.no_grad()
-def test_it_is_at_least_two_and_a_half_times_as_fast_as_diffusers(vae, encoder):
+def test_encoding_is_2_5_times_as_fast_as_diffusers(vae, encoder):
     """A loose floor: machines of one kind differ, and may be busy. benchmarks/ measures the ratio."""
     images = random_images(1, 256, 256)
     threads = torch.get_num_threads()
@@ -88,7 +88,7 @@ def test_it_is_at_least_two_and_a_half_times_as_fast_as_diffusers(vae, encoder):
 
 
 @torch.no_grad()
-def test_two_threads_get_the_numbers_of_one(encoder):
+def test_two_threads_get_equal_latents(encoder):
     images = [random_images(1, 32, 32, seed) for seed in range(2)]
     expected = [encoder(image) for image in images]
     results = [[], []]
@@ -131,17 +131,17 @@ def test_only_the_encoder_half_is_built(encoder):
 
 BAD_PIXELS = {
     "integers": (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), TypeError, "must be floating point.*got torch.uint8"),
-    "0 to 255": (torch.full((1, 3, 16, 16), 200.0), ValueError, r"must be in \[-1, 1\] \(0..255 maps there by"),
-    "NaN": (torch.full((1, 3, 16, 16), torch.nan), ValueError, "or are NaN"),
+    "0 to 255": (torch.full((1, 3, 16, 16), 200.0), ValueError, r"must be in \[-1, 1\] \(from 0..255: `image"),
+    "NaN": (torch.full((1, 3, 16, 16), torch.nan), ValueError, "some are outside or NaN"),
     "no batch axis": (torch.zeros(3, 16, 16), ValueError, r"must be \[B, 3, H, W\].*got \[3, 16, 16\]"),
     "channels last": (torch.zeros(1, 16, 16, 3), ValueError, r"got \[1, 16, 16, 3\]"),
     "a side of 227": (torch.zeros(1, 3, 227, 224), ValueError, "H and W multiples of 8, got"),
-    "an empty batch": (torch.zeros(0, 3, 16, 16), ValueError, "with one image or more"),
+    "an empty batch": (torch.zeros(0, 3, 16, 16), ValueError, "with at least one image"),
     "a video": (torch.zeros(1, 3, 5, 16, 16), ValueError, r"got \[1, 3, 5, 16, 16\]"),
 }
 
 
 @pytest.mark.parametrize(("pixel_values", "error", "message"), BAD_PIXELS.values(), ids=BAD_PIXELS)
-def test_bad_pixels_are_refused(encoder, pixel_values, error, message):
+def test_bad_pixels_are_rejected(encoder, pixel_values, error, message):
     with pytest.raises(error, match=message):
         encoder(pixel_values)

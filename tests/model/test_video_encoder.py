@@ -1,8 +1,7 @@
-"""Pins the encoder on videos to diffusers: the same latents, chunk by chunk, from a cache that the caller holds."""
+"""Tests the encoder on videos against diffusers: the same latents, chunk by chunk, with the caller's cache."""
 
 import copy
 import threading
-from statistics import median
 
 import pytest
 import torch
@@ -23,7 +22,7 @@ BLOCK_TOLERANCE = 3e-5
 
 
 def make_pair(**fields) -> tuple[AutoencoderKLWan, TheWorldEncoder]:
-    """A VAE with random weights, those of its norms too, and its encoder."""
+    """A VAE with random weights, norms included, and its encoder."""
     torch.manual_seed(0)
     vae = AutoencoderKLWan(**fields).eval()
     for name, parameter in vae.named_parameters():
@@ -70,7 +69,7 @@ def test_latents_are_the_mode_of_diffusers(real_size, shape):
 
 
 @torch.no_grad()
-def test_with_winograd_in_each_stage_that_has_pixels_enough(small, monkeypatch):
+def test_winograd_in_all_stages_equals_diffusers(small, monkeypatch):
     vae, encoder = small
     shapes, norm_silu_conv = [], wan_blocks_theworld.norm_silu_conv
 
@@ -85,14 +84,14 @@ def test_with_winograd_in_each_stage_that_has_pixels_enough(small, monkeypatch):
 
 
 @torch.no_grad()
-def test_the_first_latent_is_that_of_the_first_frame_as_an_image(small):
+def test_the_first_latent_equals_that_of_an_image(small):
     _, encoder = small
     videos = random_videos(1, 5, 40, 40)
     torch.testing.assert_close(encoder(videos)[:, 0], encoder(videos[:, 0]), atol=TOLERANCE, rtol=0)
 
 
 @torch.no_grad()
-def test_a_cache_goes_on_where_it_was(small, monkeypatch):
+def test_a_cache_continues_the_video(small, monkeypatch):
     _, encoder = small
     monkeypatch.setitem(PIXELS_PER_PASS, "cpu", 4 * 64 * 64)  # two videos in turn, each with its own past
     monkeypatch.setitem(PIXELS_PER_CHUNK, "cpu", 4 * 64 * 64)
@@ -111,7 +110,7 @@ def test_a_cache_goes_on_where_it_was(small, monkeypatch):
 
 
 @torch.no_grad()
-def test_a_call_that_fails_leaves_the_cache_where_it_was(small, monkeypatch):
+def test_a_failed_call_leaves_the_cache_unchanged(small, monkeypatch):
     _, encoder = small
     videos, cache = random_videos(1, 9, 32, 32), VideoCache()
     encoder(videos[:, :5], cache=cache)
@@ -179,7 +178,7 @@ def test_checkpointed_gradients_are_the_same(use_reentrant):
 @pytest.mark.parametrize("time", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("past", [0, 1, 2])
 @torch.no_grad()
-def test_a_block_in_bands_reads_on_from_any_past(time, past):
+def test_a_block_in_bands_continues_from_any_past(time, past):
     torch.manual_seed(0)
     theirs = WanResidualBlock(64, 96).eval()
     ours = use_frame_modules(copy.deepcopy(theirs))
@@ -204,7 +203,7 @@ def test_halving_in_bands_halves_time_too():
 
 
 @torch.no_grad()
-def test_it_compiles_whole():
+def test_the_encoder_compiles_without_graph_breaks():
     _, encoder = make_pair(base_dim=8, dim_mult=[1, 2, 2, 2], num_res_blocks=1)
     videos = random_videos(1, 9, 16, 16)
     compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")
@@ -213,17 +212,21 @@ def test_it_compiles_whole():
 
 BAD = {
     "8 frames": (random_videos(1, 8, 16, 16), None, r"must have 1 \+ 4k frames, got 8"),
-    "5 frames after 5": (random_videos(1, 5, 16, 16), 16, "must have 4k frames where a cache has .* got 5"),
-    "another size": (random_videos(1, 4, 16, 24), 16, r"cache is one of .* \[1, 3, 16, 16\], got \[1, 3, 16, 24\]"),
-    "no frames": (torch.zeros(1, 0, 3, 16, 16), None, "for videos, with one image or more"),
+    "5 frames after 5": (random_videos(1, 5, 16, 16), 16, "must have 4k frames if the cache has .* got 5"),
+    "another size": (
+        random_videos(1, 4, 16, 24),
+        16,
+        r"cache belongs to videos .* \[1, 3, 16, 16\], got \[1, 3, 16, 24\]",
+    ),
+    "no frames": (torch.zeros(1, 0, 3, 16, 16), None, "for videos, with at least one image"),
     "channels first": (torch.zeros(1, 3, 5, 16, 16), None, r"got \[1, 3, 5, 16, 16\]"),
-    "an image": (torch.zeros(1, 3, 16, 16), 16, "goes with videos"),
+    "an image": (torch.zeros(1, 3, 16, 16), 16, "needs videos .* got images"),
 }
 
 
 @pytest.mark.parametrize(("pixels", "cached_side", "message"), BAD.values(), ids=BAD)
 @torch.no_grad()
-def test_what_is_no_video_or_does_not_go_on_is_refused(small, pixels, cached_side, message):
+def test_bad_videos_and_continuations_are_rejected(small, pixels, cached_side, message):
     _, encoder = small
     cache = VideoCache() if cached_side else None
     if cached_side:
@@ -256,7 +259,7 @@ def test_memory_does_not_grow_with_the_number_of_frames(monkeypatch):
 
 
 @torch.no_grad()
-def test_it_is_one_and_a_half_times_as_fast_as_diffusers_or_more(real_size):
+def test_encoding_is_1_5_times_as_fast_as_diffusers(real_size):
     """A loose floor, because the machine may be busy; benchmarks/ measures the ratio."""
     vae, encoder = real_size
     videos = random_videos(1, 5, 128, 128)
@@ -266,4 +269,4 @@ def test_it_is_one_and_a_half_times_as_fast_as_diffusers_or_more(real_size):
         ours, theirs = in_turns(lambda: encoder(videos), lambda: diffusers_mode(vae, videos), repeats=3)
     finally:
         torch.set_num_threads(threads)
-    assert median(theirs) / median(ours) > 1.5
+    assert min(theirs) / min(ours) > 1.5  # the least, because what else runs only adds time

@@ -1,4 +1,4 @@
-"""Pins the encoder's modules to diffusers': the same numbers on each path, the path that belongs, nothing kept."""
+"""Tests the encoder's modules against diffusers': the same numbers on each path, and no weights kept twice."""
 
 import copy
 import threading
@@ -75,7 +75,7 @@ def test_halving_in_bands_gives_the_numbers_of_diffusers(size):
 
 
 @torch.no_grad()
-def test_halving_keeps_the_layout_that_convolutions_are_fast_in():
+def test_halving_keeps_the_fast_memory_layout():
     """PyTorch reads it from all strides, even that of a batch of one."""
     _, ours = pair(WanResample(8, mode="downsample3d"))
     image = torch.randn(1, 8, 64, 32).to(memory_format=torch.channels_last)
@@ -109,7 +109,7 @@ def use_few_pixels(block, x):
 
 def use_adapter(block, x):
     class Adapter(nn.Module):
-        """What wraps a layer that somebody fine-tunes or quantises."""
+        """A wrapper like that of a fine-tuned or quantized layer."""
 
         def __init__(self, base: nn.Module):
             super().__init__()
@@ -132,7 +132,7 @@ WAYS = [use_grad, use_autocast, use_bfloat16, use_compiler, use_few_pixels, use_
 
 
 @pytest.mark.parametrize("use", WAYS, ids=lambda use: use.__name__.removeprefix("use_"))
-def test_where_winograd_does_not_belong_diffusers_own_lines_run(use, blocks, frames, winograd):
+def test_elsewhere_diffusers_own_code_runs(use, blocks, frames, winograd):
     theirs, ours = blocks
     result = use(ours, frames)
     tolerance = 1e-2 if result.dtype == torch.bfloat16 else 1e-6
@@ -140,7 +140,7 @@ def test_where_winograd_does_not_belong_diffusers_own_lines_run(use, blocks, fra
     assert not winograd.called
 
 
-def test_frozen_under_autograd_it_is_as_fast(blocks, frames, winograd):
+def test_frozen_blocks_under_autograd_use_winograd(blocks, frames, winograd):
     theirs, ours = blocks
     ours.requires_grad_(False)
     torch.testing.assert_close(ours(frames), theirs(frames), atol=TOLERANCE, rtol=TOLERANCE)
@@ -167,7 +167,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @torch.no_grad()
-def test_changed_weights_count_at_once(change, blocks, frames, winograd):
+def test_changed_weights_take_effect_at_once(change, blocks, frames, winograd):
     theirs, ours = blocks
     ours(frames)
     for block in blocks:
@@ -207,7 +207,7 @@ def test_threads_share_an_encoder_in_bands(encoder, winograd):
 
 
 @torch.no_grad()
-def test_a_batch_is_encoded_together_up_to_a_number_of_pixels(encoder, monkeypatch):
+def test_a_batch_is_encoded_in_passes_of_limited_size(encoder, monkeypatch):
     monkeypatch.setitem(PIXELS_PER_PASS, "cpu", 3 * 32 * 32)
     pictures = images(7, 32)
     with mock.patch.object(encoder.encoder, "forward", wraps=encoder.encoder.forward) as forward:
