@@ -1,5 +1,5 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
-"""Folders that appear complete or not at all, whenever their writer dies; and the sums of their files."""
+"""Atomic folders and checksums."""
 
 import ctypes
 import hashlib
@@ -15,27 +15,27 @@ from uuid import uuid4
 
 try:
     import fcntl
-except ImportError:  # Windows, where what a killed run left stays
-    fcntl = None
+except ImportError:  # Windows, where leftovers of a killed run are not removed
+    fcntl = None  # type: ignore[assignment]
 
 CHECKSUMS = "SHA256SUMS"
-# The card is for people to go on writing, and sums of it would soon be wrong.
+# The model card is meant to be edited, so it has no checksum.
 WITHOUT_CHECKSUM = (CHECKSUMS, "README.md")
-# Of renameat2(2): paths are relative to the working folder; swap the two.
+# Flags of renameat2(2): paths are relative to the working folder; swap the two paths.
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 
 @contextmanager
 def atomic_folder(output: Path, overwrite: bool) -> Iterator[Path]:
     """
-    Gives a folder beside `output` to fill, which becomes `output` at the end; until then nothing has changed.
+    Yields a temporary folder next to `output`, which replaces `output` at the end. Until then `output` is unchanged.
 
-    That holds if the process is killed, too, at any moment: the next run removes what the killed one left beside.
+    This also holds if the process is killed at any moment. The next run removes the temporary folder of a killed one.
 
     Raises:
-        OSError: If no folder beside `output` can be made, or become it.
-        FileExistsError: If `output` holds something and may not be replaced, or is no folder. Of two runs that write
-            the same, that is the one that ends second.
+        OSError: If a folder next to `output` cannot be created, or cannot replace it.
+        FileExistsError: If `output` is not empty and may not be replaced, or is not a folder. If two runs write the
+            same folder, the later one fails.
     """
     if output.exists() and not (output.is_dir() and (overwrite or not any(output.iterdir()))):
         raise already_there(output)
@@ -56,14 +56,14 @@ def atomic_folder(output: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def already_there(output: Path) -> FileExistsError:
-    remedy = "Choose another --output, or pass --overwrite." if output.is_dir() else "It is not a folder."
+    remedy = "Choose another --output-dir, or pass --overwrite." if output.is_dir() else "It is not a folder."
     return FileExistsError(f"{output} exists and holds something. {remedy}")
 
 
 def check_replaceable(output: Path) -> None:
-    """Raises an `OSError`, before work is done in vain, if no folder beside `output` could become `output`."""
+    """Raises an `OSError`, before any work is done, if a folder next to `output` could not replace `output`."""
     if output.is_mount():
-        raise OSError(f"{output} is a disk's root, which cannot be replaced as a whole. Name a folder in it.")
+        raise OSError(f"{output} is the root of a disk, which cannot be replaced as a whole. Name a folder in it.")
     output.parent.mkdir(parents=True, exist_ok=True)
     attempt = sibling(output, "partial")
     attempt.mkdir()
@@ -75,7 +75,7 @@ def sibling(output: Path, kind: str) -> Path:
 
 
 def try_lock(folder: Path) -> int | None:
-    """A lock on a folder, which ends with the process; None where there are no locks."""
+    """A lock on a folder, released when the process ends; None if it is not available."""
     if fcntl is None:
         return None
     descriptor = os.open(folder, os.O_RDONLY)
@@ -88,9 +88,9 @@ def try_lock(folder: Path) -> int | None:
 
 
 def replace_folder(partial: Path, output: Path, overwrite: bool) -> None:
-    """`partial` becomes `output`, in one step where the system has one that swaps two folders (Linux)."""
+    """Renames `partial` to `output`; on Linux, which can swap two folders, in one step."""
     try:
-        partial.rename(output)  # to where nothing is, or an empty folder
+        partial.rename(output)  # works if `output` is absent or an empty folder
         return
     except OSError:
         if not output.exists():
@@ -107,14 +107,14 @@ def replace_folder(partial: Path, output: Path, overwrite: bool) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Swaps two folders in one step; False where there is no such step."""
+    """Swaps two folders in one step; returns False if the system cannot."""
     if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "renameat2"):
         return False
     return libc.renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0
 
 
 def restore_or_remove_abandoned(output: Path) -> None:
-    """Removes what killed runs left beside `output`; puts back what one had only just moved away."""
+    """Removes leftovers of killed runs next to `output`; restores `output` if one had just moved it away."""
     pattern = re.compile(rf"\.{re.escape(output.name)}\.[0-9a-f]{{32}}\.(partial|previous)")
     for path in output.parent.iterdir():
         match pattern.fullmatch(path.name):
@@ -122,16 +122,16 @@ def restore_or_remove_abandoned(output: Path) -> None:
                 continue
             case found if found[1] == "previous" and not output.exists():
                 path.rename(output)
-            case _ if fcntl is not None and (lock := try_lock(path)) is not None:  # nobody is at work on it
+            case _ if fcntl is not None and (lock := try_lock(path)) is not None:  # no running process writes it
                 shutil.rmtree(path, ignore_errors=True)
                 os.close(lock)
 
 
 def carry_over(output: Path, partial: Path) -> None:
     """
-    Gives `partial`, which is to replace `output`, what that holds beside the files of its sums: checkpoints, logs.
+    Copies files of `output` without a checksum (checkpoints, logs) into `partial`, which will replace `output`.
 
-    They are the same files under two names, where the file system can do that, so that it costs neither time nor room.
+    Files are hard-linked if possible, which takes neither time nor disk space.
     """
     written = set(read_checksums(output)) if (output / CHECKSUMS).is_file() else set()
 
@@ -142,7 +142,7 @@ def carry_over(output: Path, partial: Path) -> None:
     def link(source: str, target: str) -> None:
         try:
             os.link(source, target)
-        except OSError:  # between disks, or where there are no links
+        except OSError:  # across disks, or on file systems without hard links
             shutil.copy2(source, target)
 
     if output.is_dir():
@@ -158,7 +158,7 @@ def sha256(file: Path) -> str:
 
 
 def write_checksums(folder: Path) -> None:
-    """Writes the sums of a folder's files but its card's, in the form that `sha256sum --check` reads."""
+    """Writes the checksums of all files except the model card, in the format of `sha256sum --check`."""
     paths = (path for path in folder.rglob("*") if path.is_file() and path.name not in WITHOUT_CHECKSUM)
     files = sorted(path.relative_to(folder) for path in paths)
     (folder / CHECKSUMS).write_text("".join(f"{sha256(folder / file)}  {file.as_posix()}\n" for file in files))
@@ -166,25 +166,26 @@ def write_checksums(folder: Path) -> None:
 
 def verify_checksums(folder: Path) -> list[str]:
     """
-    Compares a folder's files with its sums; gives their names.
+    Compares a folder's files with its checksums; returns their names.
 
     Raises:
-        ValueError: If there are no sums, or a file is missing or another.
+        ValueError: If there are no checksums, or a file is missing or differs.
     """
-    sums = read_checksums(folder)
-    for name, expected in sums.items():
+    checksums = read_checksums(folder)
+    for name, expected in checksums.items():
         if not (folder / name).is_file():
-            raise ValueError(f"{folder} lacks {name}, which its {CHECKSUMS} lists. Get it again.")
+            raise ValueError(f"{folder} lacks {name}, which its {CHECKSUMS} lists. Download it again.")
         if sha256(folder / name) != expected:
-            raise ValueError(f"{folder / name} is not the file that was written: its sha256 differs. Get it again.")
-    return list(sums)
+            raise ValueError(f"{folder / name} is not the original file: its SHA-256 differs. Download it again.")
+    return list(checksums)
 
 
 def read_checksums(folder: Path) -> dict[str, str]:
-    """The sum of each of a folder's files, by its name."""
+    """The checksums that a folder lists, by file name."""
     if not (folder / CHECKSUMS).is_file():
         raise ValueError(
-            f"{folder} has no {CHECKSUMS}, which convert_weights.py and train.py write. Write or get it again."
+            f"{folder} has no {CHECKSUMS}, which `theworld convert` and `theworld train` write. Only "
+            "folders that one of them wrote can be verified. Download it again if it lost the file."
         )
     lines = (line.partition("  ") for line in (folder / CHECKSUMS).read_text().splitlines())
     return {name: expected for expected, _, name in lines}

@@ -1,4 +1,4 @@
-"""Pins that nothing is lost: folders stay whole under kill, full disks and rivals, and spoiled ones are named."""
+"""Tests atomic folders (kills, full disks, concurrent runs) and that `theworld verify` names damaged files."""
 
 import json
 import os
@@ -7,7 +7,6 @@ import resource
 import shutil
 import struct
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -16,31 +15,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
+from tests.helpers import ROOT
+from tests.helpers.kill_process import kill
 from tests.helpers.training_runs import write_conversations
 from theworld import convert_weights
-from theworld.checkpoints import atomic
+from theworld.checkpoints import atomic, verify
 from theworld.checkpoints.atomic import CHECKSUMS, WITHOUT_CHECKSUM, atomic_folder, verify_checksums, write_checksums
 from theworld.training import train
 
 
-TESTS = Path(__file__).parent
-ROOT = TESTS.parent
-
-
-def kill(kind: str, first: Path, second: Path, output: Path, number: int) -> dict[str, int]:
-    command = [sys.executable, "-W", "ignore", TESTS / "killing.py", kind, first, second, output, str(number)]
-    environment = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
-    assert finished.returncode == 0, finished.stderr
-    return json.loads(finished.stdout)
-
-
-def test_a_conversion_killed_at_any_moment_leaves_the_old_folder_or_the_new(sources, tmp_path):
+def test_a_killed_conversion_leaves_a_complete_folder(sources, tmp_path):
+    """A kill at any moment leaves the old folder or the new one."""
     report = kill("conversions", sources / "pipeline", sources / "gemma2", tmp_path / "out" / "theworld", 16)
     assert report["killed"] == report["survived"] > 8 and report["left beside"] == 0
 
 
-def test_a_training_killed_at_any_moment_keeps_its_checkpoints(tmp_path):
+def test_a_killed_training_keeps_its_checkpoints(tmp_path):
     report = kill("trainings", ROOT, write_conversations(tmp_path / "data"), tmp_path / "runs" / "run", 8)
     assert report["killed"] == report["survived"] > 4 and report["left beside"] == 0
 
@@ -54,7 +44,7 @@ def read(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("swaps", [True, False], ids=["swapped in one step", "where there is no such step"])
-def test_a_folder_is_replaced_and_nothing_stays_beside(tmp_path, monkeypatch, swaps):
+def test_replacing_a_folder_leaves_no_other_folders(tmp_path, monkeypatch, swaps):
     if not swaps:
         monkeypatch.setattr(atomic, "exchange", lambda one, other: False)
     for content in ("old", "new"):
@@ -63,7 +53,7 @@ def test_a_folder_is_replaced_and_nothing_stays_beside(tmp_path, monkeypatch, sw
         assert read(tmp_path / "out") == content and len(list(tmp_path.iterdir())) == 1
 
 
-def test_what_a_killed_run_had_moved_away_comes_back(tmp_path):
+def test_a_folder_that_a_killed_run_moved_is_restored(tmp_path):
     with atomic_folder(tmp_path / "out", overwrite=False) as partial:
         write(partial, "old")
     (tmp_path / "out").rename(atomic.sibling(tmp_path / "out", "previous"))
@@ -73,21 +63,21 @@ def test_what_a_killed_run_had_moved_away_comes_back(tmp_path):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_of_two_runs_that_write_the_same_one_is_there_whole(tmp_path, overwrite):
+def test_two_writers_of_one_folder_leave_it_complete(tmp_path, overwrite):
     output = tmp_path / "out"
     try:
         with atomic_folder(output, overwrite) as first:
             write(first, "first")
             with atomic_folder(output, overwrite) as second:
-                assert first.is_dir()  # somebody is at work on it
+                assert first.is_dir()  # another run writes it
                 write(second, "second")
             assert read(output) == "second"
     except FileExistsError as error:
-        assert not overwrite and "Choose another --output, or pass --overwrite" in str(error)
+        assert not overwrite and "Choose another --output-dir, or pass --overwrite" in str(error)
     assert read(output) == ("first" if overwrite else "second") and len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_target_that_cannot_be_written_is_named_in_one_line(sources, capsys):
+def test_an_unwritable_target_is_named_in_one_line(sources, capsys):
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o555)
         user = os.geteuid()
@@ -101,24 +91,26 @@ def test_a_target_that_cannot_be_written_is_named_in_one_line(sources, capsys):
             os.seteuid(user)
         assert not list(Path(folder).iterdir())
     file = sources / "gemma2" / "config.json"
-    assert convert_weights.main([*arguments, "--output", str(file / "out")]) == 1
+    assert convert_weights.main([*arguments, "--output-dir", str(file / "out")]) == 1
     assert f"File exists: '{file}'" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_disks_root_is_refused_before_any_work(capsys):
-    with pytest.raises(OSError, match="/dev/shm is a disk's root, which cannot be replaced as a whole. Name a folder"):
-        train.main(["--dataset", "none", "--model", "none", "--output_dir", "/dev/shm"])
+def test_a_disks_root_is_rejected_before_any_work(capsys):
+    with pytest.raises(
+        OSError, match="/dev/shm is the root of a disk, which cannot be replaced as a whole. Name a folder"
+    ):
+        train.train_and_save(train.prepare(["--dataset", "none", "--model", "none", "--output_dir", "/dev/shm"]))
     with pytest.raises(OSError, match="Name a folder in it"), atomic_folder(Path("/dev/shm"), True):
         pass
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["linked", "where there are no links"])
-def test_what_others_wrote_into_a_folder_stays_as_it_is_replaced(tmp_path, monkeypatch, links):
-    def refuse(*paths):
+def test_other_files_in_a_replaced_folder_are_kept(tmp_path, monkeypatch, links):
+    def reject(*paths):
         raise OSError
 
     if not links:
-        monkeypatch.setattr(os, "link", refuse)
+        monkeypatch.setattr(os, "link", reject)
     output, partial = tmp_path / "out", tmp_path / "partial"
     for folder, files in ((output, ["model", "old"]), (partial, ["model"])):
         folder.mkdir()
@@ -136,10 +128,11 @@ def test_what_others_wrote_into_a_folder_stays_as_it_is_replaced(tmp_path, monke
     assert (output / "log").readlink() == tmp_path and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_full_disk_leaves_what_was_there(convert, sources, tmp_path, capfd):
+def test_a_full_disk_keeps_the_old_folder(convert, sources, tmp_path, capfd):
     output = Path(shutil.copytree(convert("gemma2"), tmp_path / "out"))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    arguments = ["--vae", sources / "pipeline", "--gemma", sources / "gemma2", "--output", output, "--image-size", 64]
+    arguments = ["--vae", sources / "pipeline", "--gemma", sources / "gemma2"]
+    arguments += ["--output-dir", output, "--image-size", 64]
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
         code = convert_weights.main([*map(str, arguments), "--overwrite"])
@@ -152,36 +145,36 @@ def test_a_full_disk_leaves_what_was_there(convert, sources, tmp_path, capfd):
     )
 
 
-def verify(capsys, *arguments: Path | str) -> tuple[int, str]:
-    """The exit code of `--verify`, and the line that it printed."""
-    code = convert_weights.main(["--verify", *map(str, arguments)])
+def verify_folder(capsys, *arguments: Path | str) -> tuple[int, str]:
+    """The exit code of `theworld verify`, and the line that it printed."""
+    code = verify.main([*map(str, arguments)])
     printed = capsys.readouterr()
     return code, (printed.err if code else printed.out).splitlines()[-1]
 
 
-def test_a_whole_checkpoint_is_verified_against_its_sources_too(convert, sources, capsys):
-    code, line = verify(capsys, convert("gemma2"))
+def test_a_complete_checkpoint_is_verified_against_its_sources(convert, sources, capsys):
+    code, line = verify_folder(capsys, convert("gemma2"))
     files = len(list(convert("gemma2").iterdir())) - len(WITHOUT_CHECKSUM)
-    assert code == 0 and line.startswith(f"{files} files with their sums; ")
+    assert code == 0 and line.startswith(f"{files} files match their checksums; ")
     assert line.endswith("that the config describes.")
     both = ["--vae", sources / "pipeline", "--gemma", sources / "gemma2"]
-    code, line = verify(capsys, convert("gemma2"), *both)
+    code, line = verify_folder(capsys, convert("gemma2"), *both)
     from_sources = len(load_file(convert("gemma2") / "model.safetensors")) - 2  # but the projection's
-    assert code == 0 and line.endswith(f", {from_sources} equal to the sources'.")
+    assert code == 0 and line.endswith(f"; {from_sources} tensors equal to their sources.")
     for options in ([], ["--dtype", "bfloat16"], ["--token-layout", "channel"], ["--latent-merge-size", "2"]):
-        assert verify(capsys, convert("gemma2", *options), *both)[0] == 0
+        assert verify_folder(capsys, convert("gemma2", *options), *both)[0] == 0
     subprocess.run(["sha256sum", "--check", "--quiet", CHECKSUMS], cwd=convert("gemma2"), check=True)
 
 
 def test_a_tuned_checkpoint_differs_from_its_sources(convert, sources, tmp_path, capsys):
     folder = spoiled(convert("gemma2"), tmp_path, tensor("model.language_model.norm.weight", lambda each: each + 1))
-    assert verify(capsys, folder)[0] == 0
-    code, line = verify(capsys, folder, "--vae", sources / "pipeline", "--gemma", sources / "gemma2")
-    assert code == 1 and "'model.language_model.norm.weight' differs from its source's" in line
+    assert verify_folder(capsys, folder)[0] == 0
+    code, line = verify_folder(capsys, folder, "--vae", sources / "pipeline", "--gemma", sources / "gemma2")
+    assert code == 1 and "'model.language_model.norm.weight' differs from its source. It" in line
 
 
 def spoiled(folder: Path, tmp_path: Path, spoil, sums: bool = True) -> Path:
-    """A copy of a checkpoint with something wrong, and sums that hide it unless they are to tell."""
+    """A damaged copy of a checkpoint; unless `sums` is False, its checksums are those of the damaged files."""
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     spoil(copy)
     if sums:
@@ -225,7 +218,7 @@ def index(**weight_map: str):
 
 
 def listed_twice(content: bytes) -> bytes:
-    """A safetensors file whose header has its last tensor twice."""
+    """A safetensors file whose header lists its last tensor twice."""
     length = struct.unpack("<Q", content[:8])[0]
     header = content[8 : 8 + length].decode().rstrip()
     last = header.rindex(',"model.')
@@ -239,23 +232,26 @@ SPOILED = {
     "a file less": (lambda folder: (folder / "config.json").unlink(), "lacks config.json, which its"),
     "a bit flipped": (
         edit("model.safetensors", lambda content: content[:-1] + bytes([content[-1] ^ 1])),
-        "model.safetensors is not the file that was written: its sha256 differs",
+        "model.safetensors is not the original file: its SHA-256 differs",
     ),
     "a shard more": (
         lambda folder: (folder / "model-2.safetensors").write_bytes(b""),
-        "holds model-2.safetensors, which nothing here wrote",
+        "contains unexpected file model-2.safetensors",
     ),
-    "a pickle": (lambda folder: (folder / "a.bin").write_bytes(b""), "holds a.bin, which nothing here wrote"),
+    "a pickle": (lambda folder: (folder / "a.bin").write_bytes(b""), "contains unexpected file a.bin"),
 }
 SPOILED_WITH_SUMS = {
-    "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json. Of an adapter, merge it"),
-    "cut off": (edit("model.safetensors", lambda content: content[:-99]), "is no complete safetensors file"),
-    "empty": (edit("model.safetensors", lambda content: b""), "is no complete safetensors file"),
+    "no config": (
+        lambda folder: (folder / "config.json").unlink(),
+        "has no config.json. If it is an adapter, merge it",
+    ),
+    "cut off": (edit("model.safetensors", lambda content: content[:-99]), "is not a complete safetensors file"),
+    "empty": (edit("model.safetensors", lambda content: b""), "is not a complete safetensors file"),
     "a tensor listed twice": (edit("model.safetensors", listed_twice), r"lists 'model\.[\w.]+' twice"),
-    "NaN": (tensor(NORM, lambda each: each * torch.nan), f"'{NORM}' holds NaN or infinity"),
+    "NaN": (tensor(NORM, lambda each: each * torch.nan), f"'{NORM}' contains NaN or infinity"),
     "another dtype": (
         tensor(NORM, lambda each: each.half()),
-        f"'{NORM}' is torch.float16, and config.json says torch.float32",
+        f"'{NORM}' is torch.float16, but config.json says torch.float32",
     ),
     "another shape": (
         tensor(NORM, lambda each: each[:5]),
@@ -267,11 +263,11 @@ SPOILED_WITH_SUMS = {
     ),
     "a tensor more": (
         tensor("extra", lambda each: torch.ones(1)),
-        "1 tensor.s. are none of the model's, such as 'extra'",
+        "1 tensor.s. are not part of the model, such as 'extra'",
     ),
     "tied weights twice": (
         tensor("lm_head.weight", lambda each: torch.ones(512, 64)),
-        "1 tensor.s. are none of the model's, such as 'lm_head.weight'",
+        "1 tensor.s. are not part of the model, such as 'lm_head.weight'",
     ),
     "another vocabulary": (
         lambda folder: fields(
@@ -283,11 +279,11 @@ SPOILED_WITH_SUMS = {
     "fields that contradict": (fields("config.json", latent_merge_size=0), "`latent_merge_size` must be 1 or more"),
     "another token id": (
         fields("config.json", image_token_id=11),
-        "<world> is 7 to the processor, and 11 by config.json",
+        "<world> is 7 in the processor, but 11 in config.json",
     ),
     "another patch size": (
         fields("processor_config.json", patch_size=16),
-        "patch_size is 16 to the processor, and 8 by config.json",
+        "patch_size is 16 in the processor, but 8 in config.json",
     ),
     "an index that names a missing shard": (
         index(extra="model-2.safetensors"),
@@ -303,50 +299,61 @@ SPOILED_WITH_SUMS = {
     ),
     "an index that is none": (
         lambda folder: (folder / "model.safetensors.index.json").write_text("[]"),
-        "is no index of safetensors",
+        "is not a safetensors index",
     ),
 }
 
 
 @pytest.mark.parametrize(("spoil", "message"), SPOILED.values(), ids=SPOILED)
-def test_sums_tell_what_changed(convert, tmp_path, capsys, spoil, message):
-    code, line = verify(capsys, spoiled(convert("gemma2"), tmp_path, spoil, sums=False))
+def test_checksums_name_the_changed_file(convert, tmp_path, capsys, spoil, message):
+    code, line = verify_folder(capsys, spoiled(convert("gemma2"), tmp_path, spoil, sums=False))
     assert code == 1 and message in line
 
 
 @pytest.mark.parametrize(("spoil", "message"), SPOILED_WITH_SUMS.values(), ids=SPOILED_WITH_SUMS)
-def test_verifying_tells_what_is_wrong(convert, tmp_path, capsys, spoil, message):
-    code, line = verify(capsys, spoiled(convert("gemma2"), tmp_path, spoil))
+def test_verify_names_the_fault(convert, tmp_path, capsys, spoil, message):
+    code, line = verify_folder(capsys, spoiled(convert("gemma2"), tmp_path, spoil))
     assert code == 1 and re.search(message, line), line
 
 
 @pytest.mark.parametrize(
     ("spoil", "error", "message"),
     [
-        (edit("model.safetensors", lambda content: content[:-99]), OSError, "is damaged or cut off .* Get it again"),
-        (tensor(NORM, lambda each: None), ValueError, f"lacks 1 of the model's tensors, such as '{NORM}'. Get it"),
+        (
+            edit("model.safetensors", lambda content: content[:-99]),
+            OSError,
+            "damaged or incomplete .* Download it again",
+        ),
+        (
+            tensor(NORM, lambda each: None),
+            ValueError,
+            f"lacks 1 of the model's tensors, such as '{NORM}'. Download it",
+        ),
         (index(extra="model-2.safetensors"), OSError, "No such file or directory: .*model-2.safetensors"),
         (tensor(NORM, lambda each: each[:5]), RuntimeError, "`ignore_mismatched_sizes`"),
     ],
     ids=["cut off", "a tensor less", "a shard less", "another shape"],
 )
-def test_a_spoiled_checkpoint_is_not_loaded(convert, tmp_path, spoil, error, message):
+def test_a_damaged_checkpoint_is_not_loaded(convert, tmp_path, spoil, error, message):
     folder = spoiled(convert("gemma2"), tmp_path, spoil)
     with pytest.raises(error, match=message):
         AutoModel.from_pretrained(folder, trust_remote_code=True)
 
 
-def test_what_is_missing_is_trained_by_who_asks_for_it(convert, tmp_path):
+def test_missing_tensors_load_if_loading_info_is_requested(convert, tmp_path):
     folder = spoiled(convert("gemma2"), tmp_path, tensor(NORM, lambda each: None))
     model, info = AutoModel.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
     assert info["missing_keys"] == {NORM} and model.get_parameter(NORM).isfinite().all()
 
 
-def test_what_verify_and_convert_need_is_asked_for(capsys):
-    for arguments, message in (
-        (["--output", "a"], "--vae, --gemma and --output are required, but for --verify"),
-        (["--verify", "a", "--vae", "b"], "--verify compares with both --vae and --gemma, or with neither"),
-    ):
-        with pytest.raises(SystemExit):
-            convert_weights.main(arguments)
-        assert message in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        (convert_weights, ["--output-dir", "a"], "the following arguments are required: --vae, --gemma"),
+        (verify, ["a", "--vae", "b"], "--vae and --gemma are compared together: give both or neither"),
+    ],
+    ids=["convert", "verify"],
+)
+def test_missing_arguments_are_named(command, arguments, message, capsys):
+    assert command.main(arguments) == 1
+    assert message in capsys.readouterr().err

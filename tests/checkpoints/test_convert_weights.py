@@ -1,4 +1,4 @@
-"""Tests the converter: real on-disk formats in, the same numbers out, and one clear line when something is wrong."""
+"""Tests the converter: it reads real formats, keeps all numbers, and reports errors in one clear line."""
 
 import json
 import re
@@ -25,7 +25,10 @@ from transformers import (
 
 from tests.helpers.checkpoints import TEXT_CONFIGS, make_gemma, make_tokenizer, make_vae
 from theworld import TheWorldForConditionalGeneration, convert_weights
-from theworld.convert_weights import CheckpointError, map_gemma_key, map_vae_key
+from theworld.checkpoints import sources as hub_sources
+from theworld.checkpoints import tensors as conversion
+from theworld.checkpoints.reader import CheckpointError
+from theworld.checkpoints.tensors import map_gemma_key, map_vae_key
 
 
 @pytest.fixture
@@ -33,8 +36,8 @@ def run(sources, tmp_path, capsys):
     """Runs the command; gives its exit code, what it printed, and its error line."""
 
     def run(*options: str, vae=sources / "pipeline", gemma=sources / "gemma2", output=tmp_path / "out"):
-        arguments = ["--vae", str(vae), "--gemma", str(gemma), "--output", str(output), "--image-size", "64", *options]
-        code = convert_weights.main(arguments)
+        arguments = ["--vae", str(vae), "--gemma", str(gemma), "--output-dir", str(output)]
+        code = convert_weights.main([*arguments, "--image-size", "64", *options])
         printed = capsys.readouterr()
         return code, printed.out, printed.err.splitlines()[-1] if printed.err else ""
 
@@ -123,6 +126,7 @@ def test_the_folder_is_a_complete_model_repo(checkpoint):
         "encoder_theworld.py",
         "wan_blocks_theworld.py",
         "generation_config.json",
+        "generation_theworld.py",
         "images_theworld.py",
         "model.safetensors",
         "modeling_theworld.py",
@@ -134,6 +138,7 @@ def test_the_folder_is_a_complete_model_repo(checkpoint):
         "tokenizer_config.json",
         "versions_theworld.py",
         "videos_theworld.py",
+        "winograd_theworld.py",
     }
     template = (convert_weights.HERE / "chat_template.jinja").read_text()
     assert (checkpoint / "chat_template.jinja").read_text() == template
@@ -154,7 +159,7 @@ def test_generation_config_is_gemmas_and_never_emits_world_tokens(checkpoint):
     assert generation_config.suppress_tokens == [7, 8, 9, 10]
 
 
-def test_unused_entries_become_the_world_tokens_and_nothing_else_changes(sources, checkpoint):
+def test_only_unused_entries_become_world_tokens(sources, checkpoint):
     before, after = AutoTokenizer.from_pretrained(sources / "gemma2"), AutoTokenizer.from_pretrained(checkpoint)
     renamed = {"<unused0>": "<world>", "<unused1>": "<start_of_world>", "<unused2>": "<end_of_world>"}
     renamed["<unused3>"] = "<world_video>"
@@ -167,7 +172,7 @@ def test_unused_entries_become_the_world_tokens_and_nothing_else_changes(sources
     assert after.decode([2, a, 7, 9], skip_special_tokens=True) == "a"
 
 
-def test_the_processor_fills_videos_up_to_what_the_encoder_takes(tmp_path, run):
+def test_the_processor_pads_videos_for_the_encoder(tmp_path, run):
     vae = make_vae(tmp_path / "vae", temperal_downsample=[False, True, False])
     assert run(vae=vae)[0] == 0
     model = AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True)
@@ -243,7 +248,7 @@ def test_sharded_sources_in_bfloat16(tmp_path, sources, run):
 
 def test_large_outputs_are_sharded_with_an_index(run, tmp_path, monkeypatch):
     assert run("--dtype", "float32", output=tmp_path / "whole")[0] == 0
-    monkeypatch.setattr(convert_weights, "MAX_SHARD_SIZE", "200KB")
+    monkeypatch.setattr(conversion, "MAX_SHARD_SIZE", "200KB")
     assert run("--dtype", "float32", output=tmp_path / "sharded")[0] == 0
     index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2
@@ -324,7 +329,7 @@ def test_options_reach_the_config(run, tmp_path):
 
 
 def fake_hub(sources: Path, tmp_path: Path, requests: list):
-    """Stands in for `snapshot_download`: copies the files that match to a folder named by a commit."""
+    """Replaces `snapshot_download`: copies the matching files to a folder named by a commit."""
     repos = {
         "org/pipeline": (sources / "pipeline", "a" * 40),
         "org/gemma": (sources / "gemma2", "b" * 40),
@@ -344,9 +349,9 @@ def fake_hub(sources: Path, tmp_path: Path, requests: list):
     return snapshot_download
 
 
-def test_hub_ids_fetch_only_what_is_needed_and_the_card_names_the_commits(sources, tmp_path, run, monkeypatch):
+def test_hub_sources_are_fetched_sparsely_and_named_by_commit(sources, tmp_path, run, monkeypatch):
     requests = []
-    monkeypatch.setattr(convert_weights, "snapshot_download", fake_hub(sources, tmp_path, requests))
+    monkeypatch.setattr(hub_sources, "snapshot_download", fake_hub(sources, tmp_path, requests))
     options = ["--vae-revision", "v1", "--gemma-revision", "main"]
     assert run(*options, vae="org/pipeline", gemma="org/gemma")[0] == 0
     assert requests == [("org/pipeline", "v1"), ("org/gemma", "main")]
@@ -362,7 +367,7 @@ def test_hub_ids_fetch_only_what_is_needed_and_the_card_names_the_commits(source
 
 
 def test_a_repo_that_is_a_vae_itself(sources, tmp_path, run, monkeypatch):
-    monkeypatch.setattr(convert_weights, "snapshot_download", fake_hub(sources, tmp_path, []))
+    monkeypatch.setattr(hub_sources, "snapshot_download", fake_hub(sources, tmp_path, []))
     assert run("--vae-subfolder", "", vae="org/vae")[0] == 0
     assert ModelCard.load(tmp_path / "out" / "README.md").data.base_model == ["org/vae"]
 
@@ -376,15 +381,14 @@ def test_the_card_says_what_a_token_stands_for(convert, options, unit):
 
 
 def test_the_card_says_whether_vision_was_kept(convert, convert_whole):
-    kept = "Gemma 3's own vision is kept: images also pass through its SigLIP tower, 64 tokens each."
+    kept = "Gemma 3's vision tower is kept: images also pass through its SigLIP tower, 64 tokens each."
     assert kept in (convert_whole() / "README.md").read_text()
     assert "SigLIP" not in (convert("gemma2") / "README.md").read_text()
 
 
-def test_private_needs_a_repo(run, capsys):
-    with pytest.raises(SystemExit):
-        run("--private")
-    assert "--private is for the repo that --push-to-hub names" in capsys.readouterr().err
+def test_private_needs_a_repo(run):
+    code, _, error = run("--private")
+    assert code == 1 and "--private is for the repo that --push-to-hub names" in error
 
 
 def test_push_to_hub_uploads_the_finished_folder(run, tmp_path, monkeypatch):
@@ -423,12 +427,12 @@ SPOILED = {
     "a Git LFS pointer": (
         "gemma2",
         lambda folder: (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"),
-        "model.safetensors is no complete safetensors file .* Get it again",
+        "model.safetensors is not a complete safetensors file .* Download it again",
     ),
     "a truncated file": (
         "gemma2",
         lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100]),
-        "is no complete safetensors file",
+        "is not a complete safetensors file",
     ),
     "a missing tensor": (
         "gemma2",
@@ -450,14 +454,14 @@ SPOILED = {
     "a layer too many": (
         "gemma2",
         lambda folder: edit_json(folder / "config.json", num_hidden_layers=1, layer_types=["full_attention"]),
-        "'model.layers.1.* has no place in the model that its config.json describes",
+        "'model.layers.1.* is not in the model that its config.json describes",
     ),
     "NaN": (
         "gemma2",
         lambda folder: edit_tensors(
             folder / "model.safetensors", lambda tensors: tensors["model.norm.weight"].fill_(torch.nan)
         ),
-        "'model.language_model.norm.weight' holds NaN or infinity as torch.bfloat16",
+        "'model.language_model.norm.weight' contains NaN or infinity in torch.bfloat16",
     ),
     "another vocabulary": (
         "gemma2",
@@ -474,7 +478,7 @@ SPOILED = {
         lambda folder: edit_json(
             folder / "vae" / "config.json", z_dim=8, latents_mean=[0.0] * 8, latents_std=[1.0] * 8
         ),
-        r"Tensor 'encoder.conv_out.* is \[32.*\], but its config.json describes \[16.*Weights and config are not of",
+        r"Tensor 'encoder.conv_out.* is \[32.*\], but its config.json describes \[16.*Weights and config belong to",
     ),
     "z_dim without its statistics": (
         "pipeline",
@@ -484,7 +488,7 @@ SPOILED = {
     "Wan 2.2": (
         "pipeline",
         lambda folder: edit_json(folder / "vae" / "config.json", is_residual=True, patch_size=2),
-        "TheWorld reads the VAE of Wan 2.1 and Cosmos-Predict2, but this one has",
+        "TheWorld supports the VAE of Wan 2.1 and Cosmos-Predict2, but this one has",
     ),
     "a VAE with another's tensor": (
         "pipeline",
@@ -498,13 +502,13 @@ SPOILED = {
 
 
 @pytest.mark.parametrize(("source", "spoil", "message"), SPOILED.values(), ids=SPOILED)
-def test_spoiled_sources_give_one_line_and_leave_nothing(run, copied, tmp_path, source, spoil, message):
+def test_damaged_sources_give_one_line_and_leave_nothing(run, copied, tmp_path, source, spoil, message):
     folder = copied(source)
     spoil(folder)
     outputs = tmp_path / "outputs"
     code, printed, error = run(**{"vae" if source == "pipeline" else "gemma": folder}, output=outputs / "out")
     assert code == 1 and not printed
-    assert error.startswith("convert_weights.py: error: ")
+    assert error.startswith("theworld convert: error: ")
     assert re.search(message, error), error
     assert not list(outputs.iterdir())
 
@@ -517,11 +521,11 @@ def test_a_missing_shard_is_named(tmp_path, run):
     assert code == 1 and f"names {shard.name}, which is missing. Complete the download" in error
 
 
-def test_neither_a_folder_nor_a_hub_id(run):
+def test_a_source_that_cannot_be_found_is_named(run):
     code, _, error = run(vae="no such folder")
     assert code == 1 and "no such folder is neither a folder nor a Hub id (ORG/NAME)" in error
     code, _, error = run(vae="org/unreachable")
-    assert code == 1 and "org/unreachable is no folder here, and could not be had from the Hub: " in error
+    assert code == 1 and "org/unreachable is not a local folder, and the download failed: " in error
 
 
 @pytest.mark.parametrize(
@@ -538,7 +542,7 @@ def test_options_that_contradict_each_other(run, tmp_path, options, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_holds_something_is_kept_unless_told(run, tmp_path):
+def test_a_full_folder_is_kept_without_overwrite(run, tmp_path):
     output = tmp_path / "out"
     output.mkdir()
     assert run()[0] == 0  # empty is as good as absent
@@ -546,14 +550,14 @@ def test_a_folder_that_holds_something_is_kept_unless_told(run, tmp_path):
     output.mkdir()
     (output / "thesis.txt").write_text("years of work")
     code, _, error = run()
-    assert code == 1 and "exists and holds something. Choose another --output, or pass --overwrite" in error
+    assert code == 1 and "exists and holds something. Choose another --output-dir, or pass --overwrite" in error
     assert (output / "thesis.txt").read_text() == "years of work"
     assert run("--overwrite")[0] == 0
     assert (output / "config.json").exists() and not (output / "thesis.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_failed_overwrite_keeps_what_was_there(run, copied, tmp_path):
+def test_a_failed_overwrite_keeps_the_old_folder(run, copied, tmp_path):
     output = tmp_path / "out"
     assert run()[0] == 0
     before = {path.name: path.read_bytes() for path in output.iterdir()}
@@ -564,7 +568,7 @@ def test_a_failed_overwrite_keeps_what_was_there(run, copied, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"out", "spoiled"}
 
 
-def test_an_output_that_is_a_source_is_refused(run, copied):
+def test_an_output_that_is_a_source_is_rejected(run, copied):
     gemma = copied("gemma2")
     code, _, error = run("--overwrite", gemma=gemma, output=gemma)
     assert code == 1 and "would replace the source" in error

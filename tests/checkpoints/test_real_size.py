@@ -1,4 +1,4 @@
-"""Pins that a pair of real size (Cosmos VAE, Gemma 2 2B, random weights) converts in little memory, and loads."""
+"""Tests that a pair of real size (Cosmos VAE, Gemma 2 2B, random weights) converts in little memory, and loads."""
 
 import subprocess
 import sys
@@ -10,11 +10,11 @@ import torch
 from transformers import AutoModel, AutoProcessor, Gemma2Config
 
 from benchmarks.sources import make_sources
+from tests.helpers import ROOT
 
 
 pytestmark = pytest.mark.real_size
 
-ROOT = Path(__file__).parents[2]
 MEMORY_LIMIT = 3_000_000_000
 
 # The kernel's own count; `ru_maxrss` of a child would include what the parent held when it started the child.
@@ -33,10 +33,10 @@ def real_size_sources(tmp_path_factory) -> Path:
     return folder
 
 
-def test_conversion_at_real_size_stays_under_3_gb_and_loads(real_size_sources, tmp_path):
+def test_real_size_converts_under_3_gb_and_loads(real_size_sources, tmp_path):
     output = tmp_path / "theworld"
     arguments = ["--vae", str(real_size_sources), "--gemma", str(real_size_sources / "gemma")]
-    arguments += ["--output", str(output)]
+    arguments += ["--output-dir", str(output)]
     start = perf_counter()
     finished = subprocess.run(
         [sys.executable, "-c", CONVERT_AND_TELL_PEAK, *arguments],
