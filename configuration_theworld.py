@@ -1,21 +1,21 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
 """
-Configuration of TheWorld: the Wan VAE's encoder (`world_config`), Gemma (`text_config`), and how they meet; and Gemma
-3's own vision (`vision_config`), where it is kept.
+Configuration of TheWorld: the Wan VAE's encoder (`world_config`), Gemma (`text_config`), optionally Gemma 3's vision
+tower (`vision_config`), and how they are connected.
 """
 
 import math
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 
-# First: it names a transformers that lacks what follows.
+# Must be the first import: fails clearly if transformers is too old.
 from .versions_theworld import TESTED  # noqa: F401 # isort: skip
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
 
-# Where each Auto class finds its class in a saved folder.
+# The class that each Auto class loads from a saved folder.
 AUTO_MAP = {
     "AutoConfig": "configuration_theworld.TheWorldConfig",
     "AutoModel": "modeling_theworld.TheWorldForConditionalGeneration",
@@ -26,7 +26,7 @@ AUTO_MAP = {
 TEXT_MODEL_TYPES = ("gemma", "gemma2", "gemma3_text")
 VISION_MODEL_TYPE = "siglip_vision_model"
 
-# Fields of diffusers' `AutoencoderKLWan` that change the encoder in ways TheWorld does not read, once they are set.
+# Fields of diffusers' `AutoencoderKLWan` that, if set, change the encoder in ways that TheWorld does not support.
 UNSUPPORTED_VAE_FIELDS = ("is_residual", "patch_size", "attn_scales")
 
 
@@ -41,15 +41,15 @@ class TheWorldEncoderConfig(PreTrainedConfig):
     Args:
         base_dim: Channels of the first layer.
         z_dim: Channels of the latent.
-        dim_mult: Channels of each stage, in units of `base_dim`. Every stage but the last halves height and width.
+        dim_mult: Channels of each stage, in units of `base_dim`. Each stage except the last halves height and width.
         num_res_blocks: Residual blocks of each stage.
         temperal_downsample: For each halving, whether it also halves time (video only).
-        dropout: Dropout probability inside the residual blocks while training.
-        in_channels: Colour channels of a frame.
-        latents_mean, latents_std: The latent's statistics, one number a channel, used by `normalize_latents`.
+        dropout: Dropout probability inside the residual blocks during training.
+        in_channels: Color channels of a frame.
+        latents_mean, latents_std: The latent's statistics, one number per channel, used by `normalize_latents`.
 
     Raises:
-        ValueError: For a variant of the VAE that TheWorld does not read: Wan 2.2's residual blocks or patches, or
+        ValueError: For a variant of the VAE that TheWorld does not support: Wan 2.2's residual blocks or patches, or
             attention inside the stages.
     """
 
@@ -78,13 +78,13 @@ class TheWorldEncoderConfig(PreTrainedConfig):
         unsupported = {key: kwargs[key] for key in UNSUPPORTED_VAE_FIELDS if kwargs.get(key)}
         if unsupported:
             raise ValueError(
-                f"TheWorld reads the VAE of Wan 2.1 and Cosmos-Predict2, but this one has {unsupported} "
+                f"TheWorld supports the VAE of Wan 2.1 and Cosmos-Predict2, but this one has {unsupported} "
                 "(Wan 2.2 sets `is_residual` and `patch_size`). Use a VAE without them."
             )
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        """Part of `@strict`'s validation: the fields against each other."""
+        """Called by `@strict`: checks that the fields are consistent."""
         if len(self.temperal_downsample) != len(self.dim_mult) - 1:
             raise ValueError(
                 f"`temperal_downsample` needs one entry for each of the {len(self.dim_mult) - 1} halvings between the "
@@ -98,12 +98,12 @@ class TheWorldEncoderConfig(PreTrainedConfig):
 
     @property
     def spatial_compression_ratio(self) -> int:
-        """Pixels a side of the square that one latent position stands for; 8 with the default stages."""
+        """Side, in pixels, of the square that one latent position covers; 8 with the default stages."""
         return 2 ** (len(self.dim_mult) - 1)
 
     @property
     def temporal_compression_ratio(self) -> int:
-        """Frames of a video, after its first, that one latent frame stands for; 4 with the default stages."""
+        """Frames that each latent frame after the first encodes; 4 with the default stages."""
         return 2 ** sum(self.temperal_downsample)
 
 
@@ -114,25 +114,26 @@ class TheWorldConfig(PreTrainedConfig):
 
     Args:
         world_config: The Wan VAE's encoder; a [`TheWorldEncoderConfig`] or a dict of its fields.
-        text_config: The text model; the config of a Gemma, Gemma 2 or Gemma 3 text model, or a dict with its
-            `model_type`. Default: Gemma 2 2B.
+        text_config: The config of a Gemma, Gemma 2 or Gemma 3 text model, or a dict with its `model_type`. Default:
+            Gemma 2 2B.
         projector_type: `"linear"`, or `"mlp"`: linear, GELU, linear.
-        token_layout: `"spatial"`: one world token for each latent position, at any image size. `"channel"`: one for
-            each latent channel, at one image size.
-        latent_merge_size: Latent positions a side that share a token: 2 packs 2x2 positions of 16 numbers into one
-            token of 64, so 512x512 pixels give 1024 tokens instead of 4096.
-        normalize_latents: Whether the latent becomes `(z - latents_mean) / latents_std` before the projection, as
-            diffusers' Cosmos pipelines do.
-        image_size: Pixels a side of the square images; with `token_layout="channel"` only, which needs it.
-        image_token_id: Id of `<world>`, the token that world tokens take the place of. Default: Gemma 2's `<unused0>`.
+        token_layout: `"spatial"`: one world token per latent position, at any image size. `"channel"`: one per latent
+            channel, at one image size.
+        latent_merge_size: Side of the square of latent positions that share a token: 2 packs 2x2 positions of 16
+            numbers into one token of 64, so 512x512 pixels give 1024 tokens instead of 4096.
+        normalize_latents: Whether latents become `(z - latents_mean) / latents_std` before the projection, as in
+            diffusers' Cosmos pipelines.
+        image_size: Side of the square images in pixels. Required by `token_layout="channel"`, else None.
+        image_token_id: Id of `<world>`, the placeholder replaced by an image's world tokens. Default: Gemma 2's
+            `<unused0>`.
         start_of_world_token_id: Id of `<start_of_world>`, just before an image's world tokens.
         end_of_world_token_id: Id of `<end_of_world>`, just after them.
-        video_token_id: Id of `<world_video>`, which a video's world tokens take the place of. None: the model reads no
-            videos.
-        world_attention: `"causal"`, or `"bidirectional"`: the world tokens of an image see each other both ways.
-        vision_config: Gemma 3's own vision tower, a SigLIP; its config or a dict of its fields. None: there is none.
-        mm_tokens_per_image: Tokens that Gemma's projector makes of what the tower sees, a square number.
-        vision_token_id: Id of `<image_soft_token>`, which Gemma's image tokens take the place of.
+        video_token_id: Id of `<world_video>`, the placeholder replaced by a video's world tokens. None: the model does
+            not read videos.
+        world_attention: `"causal"`, or `"bidirectional"` between the world tokens of an image.
+        vision_config: The config of Gemma 3's SigLIP vision tower, or a dict of its fields. None: no vision tower.
+        mm_tokens_per_image: Tokens that Gemma's projector makes of one image of the tower, a square number.
+        vision_token_id: Id of `<image_soft_token>`, the placeholder replaced by Gemma's own image tokens.
         boi_token_id, eoi_token_id: Ids of `<start_of_image>` and `<end_of_image>`, around them.
         world_first: Whether the world tokens of an image come before Gemma's own.
 
@@ -148,11 +149,17 @@ class TheWorldConfig(PreTrainedConfig):
 
     model_type = "theworld"
     sub_configs = {"world_config": TheWorldEncoderConfig, "text_config": AutoConfig, "vision_config": AutoConfig}
-    # Outputs that `Trainer.evaluate` does not collect as predictions: only batches with images or videos have them.
+    # Outputs that `Trainer.evaluate` must not collect as predictions: only batches with images or videos have them.
     keys_to_ignore_at_inference = ["past_key_values", "cache", "image_hidden_states", "video_hidden_states"]
 
-    world_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    if TYPE_CHECKING:  # the types after `__post_init__`; `@strict` checks those that callers may pass
+        world_config: TheWorldEncoderConfig = None  # type: ignore[assignment]
+        text_config: PreTrainedConfig = None  # type: ignore[assignment]
+        vision_config: PreTrainedConfig | None = None
+    else:
+        world_config: dict | PreTrainedConfig | None = None
+        text_config: dict | PreTrainedConfig | None = None
+        vision_config: dict | PreTrainedConfig | None = None
     projector_type: Literal["linear", "mlp"] = "linear"
     token_layout: Literal["spatial", "channel"] = "spatial"
     latent_merge_size: int = 1
@@ -163,7 +170,6 @@ class TheWorldConfig(PreTrainedConfig):
     end_of_world_token_id: int = 9
     video_token_id: int | None = None
     world_attention: Literal["causal", "bidirectional"] = "causal"
-    vision_config: dict | PreTrainedConfig | None = None
     mm_tokens_per_image: int = 256
     vision_token_id: int | None = None
     boi_token_id: int | None = None
@@ -181,14 +187,14 @@ class TheWorldConfig(PreTrainedConfig):
         if isinstance(self.vision_config, dict):
             self.vision_config = AutoConfig.for_model(**{"model_type": VISION_MODEL_TYPE, **self.vision_config})
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
-        # Stated here, not left to saving: `save_pretrained` only ever records the one Auto class a model came through.
+        # Set here, because `save_pretrained` records only the one Auto class that the model was loaded with.
         self.auto_map = dict(AUTO_MAP)
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        """Part of `@strict`'s validation: the fields against each other."""
+        """Called by `@strict`: checks that the fields are consistent."""
         if self.text_config.model_type not in TEXT_MODEL_TYPES:
-            hint = " Give its own `text_config`." if hasattr(self.text_config, "text_config") else ""
+            hint = " Pass its `text_config`." if hasattr(self.text_config, "text_config") else ""
             raise ValueError(
                 f"`text_config` must be a Gemma text model, one of {', '.join(TEXT_MODEL_TYPES)}, "
                 f"got {self.text_config.model_type!r}.{hint}"
@@ -199,18 +205,18 @@ class TheWorldConfig(PreTrainedConfig):
         if self.token_layout == "channel":
             if self.latent_merge_size != 1:
                 raise ValueError(
-                    f"`latent_merge_size={self.latent_merge_size}` merges positions, and `token_layout='channel'` has "
-                    "no token for a position. Use one or the other."
+                    f"`latent_merge_size={self.latent_merge_size}` merges positions, but `token_layout='channel'` has "
+                    "one token per channel, not per position. Use one or the other."
                 )
             if not self.image_size or self.image_size % self.patch_size:
                 raise ValueError(
-                    "`token_layout='channel'` is built for one image size: `image_size` must be a positive multiple "
-                    f"of {self.patch_size} pixels, got {self.image_size}."
+                    "`token_layout='channel'` reads one image size: `image_size` must be a positive multiple of "
+                    f"{self.patch_size} pixels, got {self.image_size}."
                 )
         elif self.image_size is not None:
             raise ValueError(
-                f"`image_size={self.image_size}` is for `token_layout='channel'`; `'spatial'` takes any image size, "
-                "which is the processor's to choose."
+                f"`image_size={self.image_size}` is for `token_layout='channel'`; `'spatial'` reads any image size, "
+                "which the processor chooses. Remove it."
             )
 
         if self.vision_config is not None:
@@ -218,7 +224,7 @@ class TheWorldConfig(PreTrainedConfig):
         self._validate_token_ids()
 
     def _validate_token_ids(self):
-        """The places of all modalities must be told apart."""
+        """All special tokens need ids, and different ones."""
         needed = ["image_token_id", "start_of_world_token_id", "end_of_world_token_id"]
         needed += ["video_token_id"] if self.video_token_id is not None else []
         needed += ["vision_token_id", "boi_token_id", "eoi_token_id"] if self.vision_config is not None else []
@@ -226,17 +232,17 @@ class TheWorldConfig(PreTrainedConfig):
         known = {token_id for token_id in token_ids.values() if token_id is not None}
         if len(known) != len(needed) or not all(0 <= token_id < self.text_config.vocab_size for token_id in known):
             raise ValueError(
-                f"The ids of special tokens must be different ids below the vocabulary's "
+                f"The ids of special tokens must be different and below the vocabulary size "
                 f"{self.text_config.vocab_size}, got {token_ids}."
             )
 
     def _validate_vision(self):
-        """The fields of Gemma 3's own vision against each other and the rest."""
+        """The fields of Gemma 3's vision tower must be consistent with each other and the rest."""
         vision = self.vision_config
         if vision.model_type != VISION_MODEL_TYPE or self.text_config.model_type != "gemma3_text":
             raise ValueError(
-                f"`vision_config` is Gemma 3's own tower: it must be a {VISION_MODEL_TYPE!r} beside a 'gemma3_text', "
-                f"got {vision.model_type!r} beside {self.text_config.model_type!r}."
+                f"`vision_config` is Gemma 3's own tower: it must be a {VISION_MODEL_TYPE!r} with a 'gemma3_text', "
+                f"got {vision.model_type!r} with {self.text_config.model_type!r}."
             )
         patches, tokens = vision.image_size // vision.patch_size, math.isqrt(max(self.mm_tokens_per_image, 0))
         if tokens**2 != self.mm_tokens_per_image or not tokens or patches % tokens:
@@ -247,19 +253,24 @@ class TheWorldConfig(PreTrainedConfig):
 
     @property
     def has_bidirectional_blocks(self) -> bool:
-        """Whether the tokens inside some block of an image see those after them."""
+        """Whether tokens of some images also attend to later tokens of the same image."""
         return self.vision_config is not None or self.world_attention == "bidirectional"
 
     @property
     def patch_size(self) -> int:
-        """Pixels a side of the square that one world token stands for; image sides are multiples of it."""
+        """Side, in pixels, of the square that one world token covers; image sides are multiples of it."""
         return self.world_config.spatial_compression_ratio * self.latent_merge_size
 
     @property
+    def channel_latent_side(self) -> int:
+        """Height and width of the latents that `token_layout="channel"` reads."""
+        return (self.image_size or 0) // self.patch_size
+
+    @property
     def world_token_size(self) -> int:
-        """Latent numbers that one world token holds, which is the projection's input width."""
+        """Latent numbers in one world token, the input width of the projection."""
         if self.token_layout == "channel":
-            return (self.image_size // self.patch_size) ** 2
+            return self.channel_latent_side**2
         return self.world_config.z_dim * self.latent_merge_size**2
 
 

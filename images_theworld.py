@@ -19,7 +19,7 @@ CHANNEL_AXES = {"channels_first": 0, "channels_last": -1}
 
 
 def read_images(images: Any, input_data_format: str | None = None) -> Any:
-    """`read_image` of each, in lists as they came; an array of four dimensions is a list of images."""
+    """`read_image` of each image, in the same nesting; an array of four dimensions is a list of images."""
     if isinstance(images, list | tuple):
         return [read_images(image, input_data_format) for image in images]
     if isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4:
@@ -173,13 +173,10 @@ def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     transparent = image.convert("RGBA") if image.has_transparency_data else None
     opaque = (transparent if transparent and channels == "RGB" else image).convert(channels)
     try:
-        converted = ImageCms.profileToProfile(
-            opaque,
-            ImageCms.ImageCmsProfile(BytesIO(profile)),
-            ImageCms.createProfile("sRGB"),
-            outputMode="RGB",
-        )
-    except (OSError, ImageCms.PyCMSError):
+        given = ImageCms.ImageCmsProfile(BytesIO(profile))
+        srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+        converted = ImageCms.ImageCmsTransform(given, srgb, channels, "RGB").apply(opaque)
+    except (OSError, TypeError, ValueError):
         return image
     if transparent:
         converted.putalpha(transparent.getchannel("A"))

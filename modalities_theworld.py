@@ -1,10 +1,9 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
-"""
-The modalities: what may come beside text, where its tokens go in a prompt, and how attention reads their blocks.
-"""
+"""The modalities, which are the inputs besides text; their placeholders in prompts; and the masks of their blocks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -17,25 +16,29 @@ from .configuration_theworld import TheWorldConfig
 from .versions_theworld import create_causal_mask, create_sliding_window_causal_mask
 
 
-# `token_type_ids`, beside 0 for text: of blocks that Gemma 3 reads both ways, and of those that are read as
-# `config.world_attention` says.
+# Values of `token_type_ids` besides 0 for text. Blocks of Gemma's own image tokens are bidirectional, as in Gemma 3;
+# blocks of world tokens are as `config.world_attention` says.
 VISION_TYPE, WORLD_TYPE = 1, 2
+
+EXPANDED_BY_PROCESSOR = (
+    "TheWorldProcessor expands one `<world>` per image and one `<world_video>` per video to as many as are needed."
+)
 
 
 @dataclass(frozen=True)
 class Modality:
     """
-    What may come beside text.
+    One kind of non-text input.
 
     Args:
         name: Its key in `mm_encoder_outputs`.
-        item: What brings it: an image or a video.
-        ndim: Dimensions of what the arguments bring.
-        kind: What messages call its tokens.
-        token: Its places in a prompt.
-        type_id: Its `token_type_ids`.
-        contiguous: Whether the places of an image stand side by side; between a video's are times.
-        inputs: Arguments of `forward` that bring it, each with the method of TheWorldModel that makes tokens of it.
+        item: What one of its inputs is: an image or a video.
+        ndim: Dimensions of its input tensors.
+        kind: The name of its tokens in error messages.
+        token: Its placeholder token.
+        type_id: Its value in `token_type_ids`.
+        contiguous: Whether the placeholders of an item follow one another. A video has timestamps between them.
+        inputs: The arguments of `forward` that give it.
     """
 
     name: str
@@ -45,10 +48,10 @@ class Modality:
     token: str
     type_id: int
     contiguous: bool
-    inputs: dict[str, str]
+    inputs: tuple[str, ...]
 
     def token_id(self, config: TheWorldConfig) -> int | None:
-        """The id of its places; None if a model with this config has none."""
+        """The id of its placeholder token; None if a model with this config has none."""
         return getattr(config, f"{self.name}_token_id")
 
 
@@ -61,7 +64,7 @@ MODALITIES = (
         token="<world>",
         type_id=WORLD_TYPE,
         contiguous=True,
-        inputs={"pixel_values": "get_image_features", "world_latents": "get_latent_features"},
+        inputs=("pixel_values", "world_latents"),
     ),
     Modality(
         "vision",
@@ -71,7 +74,7 @@ MODALITIES = (
         token="<image_soft_token>",
         type_id=VISION_TYPE,
         contiguous=True,
-        inputs={"vision_pixel_values": "get_vision_features"},
+        inputs=("vision_pixel_values",),
     ),
     Modality(
         "video",
@@ -81,30 +84,55 @@ MODALITIES = (
         token="<world_video>",
         type_id=WORLD_TYPE,
         contiguous=False,
-        inputs={"pixel_values_videos": "get_video_features", "world_latents_videos": "get_latent_features"},
+        inputs=("pixel_values_videos", "world_latents_videos"),
     ),
 )
 
 
-def check_placeholders_contiguous(mask: torch.Tensor, tokens_per_item: int, modality: Modality) -> None:
+def check_modality_inputs(encoded: Collection[str], **inputs: torch.Tensor | None) -> None:
     """
-    Checks that each image or video has its places in one prompt, so that none reaches into another prompt.
+    Checks which inputs are given, before any is encoded.
 
     Args:
-        mask: [batch, S], True at the modality's places; its tokens fill them in reading order.
-        tokens_per_item: Tokens an image or a video.
+        encoded: Names of the modalities that are given encoded, in `mm_encoder_outputs`.
+        inputs: The arguments of `forward` that `MODALITIES` lists.
 
     Raises:
-        ValueError: If the places of one are in two prompts, or apart where they are to be side by side.
+        ValueError: If a modality is given in more than one form, or images are passed as videos or the reverse.
+    """
+    for modality in MODALITIES:
+        given: dict[str, Any] = {name: inputs[name] for name in modality.inputs if inputs[name] is not None}
+        if len(given) + (modality.name in encoded) > 1:
+            forms = " or as ".join(f"`{form}`" for form in (*modality.inputs, "mm_encoder_outputs"))
+            raise ValueError(f"Give the {modality.item}s once: as {forms}.")
+        other_ndims = {other.ndim for other in MODALITIES} - {modality.ndim}
+        for name, value in given.items():  # the encoder checks the rest of the shape
+            if getattr(value, "ndim", None) in other_ndims:
+                raise ValueError(
+                    f"`{name}` must have {modality.ndim} dimensions, got {list(value.shape)}. "
+                    "TheWorldProcessor returns 4 dimensions for `images` and 5 for `videos`."
+                )
+
+
+def check_placeholders_contiguous(mask: torch.Tensor, tokens_per_item: int, modality: Modality) -> None:
+    """
+    Checks that the placeholders of each image or video are in one prompt, and contiguous if the modality is.
+
+    Args:
+        mask: [batch, S], True at the modality's placeholders; tokens fill them in reading order.
+        tokens_per_item: Tokens per image or video.
+
+    Raises:
+        ValueError: If an item's placeholders span two prompts, or are not contiguous.
     """
     number_in_item = (mask.flatten().cumsum(0).view(mask.shape) - 1) % tokens_per_item
-    goes_on = F.pad(mask[:, :-1], (1, 0)) if modality.contiguous else mask.cumsum(1) > 1
+    continues = F.pad(mask[:, :-1], (1, 0)) if modality.contiguous else mask.cumsum(1) > 1
     torch_compilable_check(
-        ~(mask & (number_in_item > 0) & ~goes_on).any(),
+        ~(mask & (number_in_item > 0) & ~continues).any(),
         lambda: (
-            f"Each {modality.item}'s {tokens_per_item} `{modality.token}` places must be in one prompt, but the prompts "
-            f"have {mask.sum(-1).tolist()}{', not all of one side by side' if modality.contiguous else ''}. "
-            "TheWorldProcessor makes them of one `<world>` an image and one `<world_video>` a video."
+            f"Each {modality.item}'s {tokens_per_item} `{modality.token}` placeholders must be in one prompt"
+            f"{' and contiguous' if modality.contiguous else ''}, but the prompts have {mask.sum(-1).tolist()}. "
+            f"{EXPANDED_BY_PROCESSOR}"
         ),
     )
 
@@ -115,23 +143,23 @@ def create_block_masks(
     attention_mask: torch.Tensor | dict | None,
     cache: Cache | None,
     position_ids: torch.LongTensor | None,
-    token_type_ids: torch.LongTensor | None,
+    token_type_ids: torch.Tensor | None,
 ) -> torch.Tensor | dict | None:
     """
     Gemma's attention masks: causal between blocks and bidirectional inside an image's block, as in Gemma 3.
 
     Args:
-        inputs_embeds: [batch, S, ..]; only its shape, dtype and device count.
+        inputs_embeds: [batch, S, ..]; only its shape, dtype and device are used.
         token_type_ids: [batch, S or more], 1 in blocks of Gemma's own image tokens, 2 in blocks of world tokens, 0
-            elsewhere; the last S count.
+            elsewhere; the last S are used.
 
     Returns:
-        What Gemma takes as `attention_mask`: masks by kind of layer, or one for all; or `attention_mask` as it came,
-        if no block is read both ways.
+        Gemma's `attention_mask`: masks by layer type, or one for all layers; or `attention_mask` unchanged, if the
+        model has no bidirectional blocks.
 
     Raises:
-        ValueError: If the last token is inside a block that is read both ways, or flash attention, which has no masks,
-            would read one.
+        ValueError: If the last token is inside a bidirectional block, or a bidirectional block meets flash attention,
+            which takes no masks.
     """
     if token_type_ids is None or not config.has_bidirectional_blocks or isinstance(attention_mask, dict):
         return attention_mask
@@ -141,15 +169,15 @@ def create_block_masks(
     if is_flash_attention_requested(config.text_config):
         torch_compilable_check(
             ~bidirectional.any(),
-            "Flash attention reads no image's block both ways, which this model does. Load it with "
+            "FlashAttention does not support the bidirectional image blocks of this model. Load it with "
             '`attn_implementation="sdpa"`.',
         )
     torch_compilable_check(
         ~bidirectional[:, -1].any(),  # a block's end token follows it
-        "The prompt, or the chunk of it, ends inside an image's block, whose tokens see each other both ways. Give "
-        "the whole block at once: with a greater `prefill_chunk_size`, or none.",
+        "The prompt, or a chunk of it, ends inside a bidirectional image block. Pass the whole block at once: "
+        "increase or remove `prefill_chunk_size`.",
     )
-    # Positions that the cache holds are in the past, which every token sees anyway.
+    # Positions in the cache are in the past, which every token sees anyway.
     past = int(cache.get_seq_length()) if cache is not None else 0
     same_block = same_block_mask_function(F.pad(bidirectional[:, -inputs_embeds.shape[1] :], (past, 0)))
     arguments = {
@@ -162,19 +190,19 @@ def create_block_masks(
     full_mask = create_causal_mask(**arguments, or_mask_function=same_block)
     if not hasattr(config.text_config, "layer_types"):
         return full_mask
-    # A block longer than the window is seen as far back as the window reaches.
+    # If a block is longer than the window, tokens see as far back as the window reaches.
     in_window = and_masks(sliding_window_overlay(config.text_config.sliding_window), same_block)
     sliding_mask = create_sliding_window_causal_mask(**arguments, or_mask_function=in_window)
     return {"full_attention": full_mask, "sliding_attention": sliding_mask}
 
 
-def same_block_mask_function(in_block: torch.BoolTensor) -> Callable:
+def same_block_mask_function(in_block: torch.Tensor) -> Callable:
     """
-    A mask function as `transformers.masking_utils` composes them: True where two positions are in the same block.
+    A mask function for `transformers.masking_utils`: True where two positions are in the same block.
 
     Args:
-        in_block: [batch, S], True inside blocks. Positions that follow one another are in one block. Later positions,
-            which a static cache has, are in none.
+        in_block: [batch, S], True inside blocks. Adjacent positions are in the same block. Positions after S, which a
+            static cache has, are in no block.
     """
     length = in_block.shape[1]
     starts = in_block & ~F.pad(in_block, (1, 0))[:, :-1]

@@ -1,32 +1,34 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
 """
-TheWorld: the latent of an image or a video, one token a position, read by Gemma.
+TheWorld: Gemma reads the latents of images and videos, one token per latent position.
 
-    B images, H x W pixels, z latent channels, h x w latent positions, N world tokens an image, D Gemma's width,
+    B images, H x W pixels, z latent channels, h x w latent positions, N world tokens per image, D Gemma's width,
     S tokens in a prompt
 
     pixel_values [B, 3, H, W] -> TheWorldEncoder -> latents [B, z, h, w] -> TheWorldProjector -> world tokens [B, N, D]
-    input_ids [.., S] -> embeddings [.., S, D], with world tokens in the places of `<world>` -> Gemma -> logits
+    input_ids [.., S] -> embeddings [.., S, D], with world tokens at the `<world>` placeholders -> Gemma -> logits
 
-A video is V times T = 1 + 4k frames, and each latent frame after the first is made of four and knows all before it:
+Each of V videos has T = 1 + 4k frames. The first gives one latent frame. Each later latent frame encodes four frames
+and depends on all earlier ones:
 
     pixel_values_videos [V, T, 3, H, W] -> latents [V, 1 + k, z, h, w] -> world tokens [V, (1 + k) N, D]
 
-Where Gemma 3 keeps its own eyes, an image also goes the way that Gemma made for it, M tokens an image or crop:
+With `vision_config`, images also pass through Gemma 3's SigLIP tower, M tokens per image or crop:
 
-    vision_pixel_values [C, 3, s, s] -> SigLIP -> Gemma's projector -> [C, M, D], in the places of `<image_soft_token>`
+    vision_pixel_values [C, 3, s, s] -> SigLIP -> Gemma's projector -> [C, M, D], at `<image_soft_token>` placeholders
 """
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
 from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModel, Cache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, Cache, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
@@ -41,30 +43,32 @@ from transformers.utils import (
 
 from .configuration_theworld import TheWorldConfig
 from .encoder_theworld import TheWorldEncoder
-from .modalities_theworld import MODALITIES, VISION_TYPE, Modality, check_placeholders_contiguous, create_block_masks
-from .validation_theworld import (
-    check_context,
-    check_floating,
-    check_generation_inputs,
-    check_labels,
-    check_latents,
-    check_prompts,
+from .generation_theworld import TheWorldGenerationMixin
+from .modalities_theworld import (
+    EXPANDED_BY_PROCESSOR,
+    MODALITIES,
+    VISION_TYPE,
+    Modality,
+    check_modality_inputs,
+    check_placeholders_contiguous,
+    create_block_masks,
 )
-from .versions_theworld import CACHE_NAME, accepts_past_key_values, create_masks_for_generate, takes_cache
+from .validation_theworld import check_floating, check_labels, check_latents, check_prompts
+from .versions_theworld import CACHE_NAME, accepts_past_key_values, takes_cache
 
 
-# Attention of the engines that build a model with `AutoModel.from_config` and put their own head on it.
+# Attention implementations of engines that build a model with `AutoModel.from_config` and add their own head.
 ENGINE_ATTENTION = ("vllm", "sglang")
-# What quantizers leave whole, beside embeddings and head: all but Gemma's layers.
-WHOLE = ("world_encoder", "world_projection", "vision_tower", "multi_modal_projector")
+# Modules that are not quantized, besides embeddings and head: all but Gemma's layers.
+NOT_QUANTIZED = ("world_encoder", "world_projection", "vision_tower", "multi_modal_projector")
 
 
 def check_served(config: TheWorldConfig) -> None:
-    """Raises a `ValueError` if a serving engine, whose masks are all causal, would answer as another model."""
+    """Raises a `ValueError` if a serving engine, which masks causally only, would compute something else."""
     if config.vision_config is not None:
         raise ValueError(
-            "A serving engine reads world tokens only, and this model has a `vision_config`. Convert Gemma 3 "
-            "without `--vision` for it."
+            "A serving engine reads world tokens only, and this model has a `vision_config`. To serve it, convert "
+            "Gemma 3 without `--vision`."
         )
     if config.world_attention == "bidirectional":
         raise ValueError(
@@ -80,7 +84,7 @@ def check_served(config: TheWorldConfig) -> None:
 
 @dataclass
 class TheWorldModelOutputWithPast(BaseModelOutputWithPast):
-    """`BaseModelOutputWithPast`, and the world tokens [.., D] that went in, by images and by videos."""
+    """`BaseModelOutputWithPast` with the world tokens of images [B, N, D] and of videos [V, (1 + k) N, D]."""
 
     image_hidden_states: torch.Tensor | None = None
     video_hidden_states: torch.Tensor | None = None
@@ -88,14 +92,14 @@ class TheWorldModelOutputWithPast(BaseModelOutputWithPast):
 
 @dataclass
 class TheWorldCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """`CausalLMOutputWithPast`, and the world tokens [.., D] that went in, by images and by videos."""
+    """`CausalLMOutputWithPast` with the world tokens of images [B, N, D] and of videos [V, (1 + k) N, D]."""
 
     image_hidden_states: torch.Tensor | None = None
     video_hidden_states: torch.Tensor | None = None
 
 
 class TheWorldProjector(nn.Module):
-    """Latents to world tokens: arranges a token's numbers side by side, then projects them to Gemma's width."""
+    """Latents to world tokens: gathers the numbers of each token, then projects them to Gemma's width."""
 
     def __init__(self, config: TheWorldConfig):
         super().__init__()
@@ -111,10 +115,10 @@ class TheWorldProjector(nn.Module):
             latents: [B, z, h, w], as `get_world_latents` returns them.
 
         Returns:
-            World tokens [B, N, D]: row by row over the positions (`token_layout="spatial"`), or one a channel.
+            World tokens [B, N, D]: one per position, row by row (`token_layout="spatial"`), or one per channel.
 
         Raises:
-            ValueError: If the latents are not of the shape that the config's layout reads.
+            ValueError: If the shape of the latents does not fit `token_layout`.
         """
         shape, merge = list(latents.shape), self.config.latent_merge_size
         z_dim = self.config.world_config.z_dim
@@ -124,16 +128,16 @@ class TheWorldProjector(nn.Module):
                 f"{shape}. Image sides must be multiples of {self.config.patch_size} pixels."
             )
         if self.config.token_layout == "channel":
-            side = self.config.image_size // self.config.patch_size
+            side = self.config.channel_latent_side
             if shape[2:] != [side, side]:
                 raise ValueError(
-                    f"`token_layout='channel'` was built for images of {self.config.image_size} pixels a side, whose "
-                    f"latents are {side} x {side}, got {shape[2]} x {shape[3]}."
+                    f"With `token_layout='channel'` this model reads images of {self.config.image_size} x "
+                    f"{self.config.image_size} pixels, whose latents are {side} x {side}, got {shape[2]} x {shape[3]}."
                 )
             tokens = latents.flatten(2)
         else:
             tokens = F.pixel_unshuffle(latents, merge).flatten(2).transpose(1, 2)
-        # A quantized weight is stored as integers; a bias has the dtype that the layer computes in.
+        # Not the weight's dtype: a quantized weight is stored as integers.
         hidden_states = self.linear_1(tokens.to(self.linear_1.bias.dtype).contiguous())
         if self.config.projector_type == "mlp":
             hidden_states = self.linear_2(F.gelu(hidden_states))
@@ -141,24 +145,26 @@ class TheWorldProjector(nn.Module):
 
 
 def read_processor_config(checkpoint: str | os.PathLike | None, options: dict) -> str | None:
-    """The text of a checkpoint's processor_config.json, if it has one; `options` are those of `from_pretrained`."""
+    """The text of a checkpoint's processor_config.json, or None; `options` are those of `from_pretrained`."""
     if checkpoint is None:
         return None
     names = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
-    kinds = ("gated_repo", "missing_entries", "connection_errors")
+    errors = ("gated_repo", "missing_entries", "connection_errors")
     path = cached_file(
         checkpoint,
         PROCESSOR_NAME,
         **{name: options[name] for name in names if name in options},
-        **{f"_raise_exceptions_for_{kind}": False for kind in kinds},
+        **{f"_raise_exceptions_for_{error}": False for error in errors},
     )
-    return path and Path(path).read_text()
+    return None if path is None else Path(path).read_text()
 
 
 class TheWorldPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialization of TheWorld's models."""
+
     config: TheWorldConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "video", "text")
+    input_modalities = ("image", "video", "text")  # type: ignore[assignment] # as transformers' own models
     supports_gradient_checkpointing = True
     _no_split_modules = ["TheWorldEncoder"]
     _skip_keys_device_placement = [CACHE_NAME]
@@ -167,10 +173,10 @@ class TheWorldPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _can_compile_fullgraph = True
     _supports_attention_backend = True
-    # The text of the processor_config.json beside the weights that the model was loaded from.
+    # The text of processor_config.json in the checkpoint that the model was loaded from.
     _processor_config: str | None = None
-    # Quantizers skip these, whatever else they are told to skip. By full names, with a head and without.
-    _keep_in_fp32_modules = [*WHOLE, *(f"model.{name}" for name in WHOLE)]
+    # Quantizers always skip these. They match full names, so both with the head's prefix and without.
+    _keep_in_fp32_modules = [*NOT_QUANTIZED, *(f"model.{name}" for name in NOT_QUANTIZED)]
 
     def post_init(self):
         """As transformers' own, and `_keep_in_fp32_modules` names only modules that this model has."""
@@ -178,16 +184,16 @@ class TheWorldPreTrainedModel(PreTrainedModel):
         self._keep_in_fp32_modules &= {name for name, _ in self.named_modules()}
 
     def _get_dtype_plan(self, dtype: torch.dtype) -> dict:
-        """As transformers' own, but float16 means float16 for what quantizers skip, too."""
+        """As in transformers, but modules that quantizers skip stay float16 if the model is loaded as float16."""
         plan = super()._get_dtype_plan(dtype)
         return {name: kept for name, kept in plan.items() if name not in TheWorldPreTrainedModel._keep_in_fp32_modules}
 
     def __init_subclass__(cls, **kwargs):
         """
-        As transformers' own, but a subclass that torch makes goes by the name of its parent.
+        As in transformers, but a subclass that torch creates takes the name of its parent.
 
-        FSDP makes one, in a module of torch, for each class that it shards. A save would name it in `auto_map`, and
-        copy torch's files instead of these.
+        FSDP creates a subclass, in a module of torch, for each class that it shards. A save would name it in
+        `auto_map` and copy torch's files instead of this one.
         """
         super().__init_subclass__(**kwargs)
         if cls.__module__.startswith("torch."):
@@ -204,42 +210,43 @@ class TheWorldPreTrainedModel(PreTrainedModel):
         **kwargs,
     ):
         """
-        As transformers' own, but it reads no pickle, which could run anything, and makes up no tensor in silence.
+        As in transformers, but loads safetensors only (pickle can execute code) and raises if a tensor is missing.
 
         Raises:
             OSError: If a safetensors file is damaged.
-            ValueError: If the checkpoint lacks tensors of the model, and `output_loading_info` does not ask which; or
-                if `use_safetensors` is False.
+            ValueError: If the checkpoint lacks tensors of the model and `output_loading_info` is False; or if
+                `use_safetensors` is False.
         """
         if use_safetensors is False:
-            raise ValueError("TheWorld reads safetensors only, got use_safetensors=False. Leave it out.")
+            raise ValueError("TheWorld reads safetensors only, got use_safetensors=False. Remove this argument.")
         options = {"use_safetensors": True, "output_loading_info": True, **kwargs}
         checkpoint = pretrained_model_name_or_path
         processor_config = read_processor_config(checkpoint, options)
         try:
-            model, info = super().from_pretrained(checkpoint, *args, **options)
+            loaded: Any = super().from_pretrained(checkpoint, *args, **options)
+            model, info = loaded  # because of `output_loading_info`
         except SafetensorError as error:
             raise OSError(
-                f"A safetensors file of {checkpoint} is damaged or cut off ({error}). Get it again."
+                f"A safetensors file of {checkpoint} is damaged or incomplete ({error}). Download it again."
             ) from error
         model._processor_config = processor_config
         if output_loading_info:
             return model, info
         missing = sorted(info["missing_keys"])
-        # With no checkpoint all is made up; of an adapter, transformers lists what PEFT ties.
+        # Without a checkpoint every tensor is missing; for an adapter, transformers lists tensors that PEFT ties.
         if missing and checkpoint is not None and not model._hf_peft_config_loaded:
             raise ValueError(
-                f"{checkpoint} lacks {len(missing)} of the model's tensors, such as {missing[0]!r}. Get it again; or, "
-                "to train what is missing, load it with `output_loading_info=True`."
+                f"{checkpoint} lacks {len(missing)} of the model's tensors, such as {missing[0]!r}. Download it "
+                "again, or, to train the missing tensors, load it with `output_loading_info=True`."
             )
         return model
 
     def gather_sharded_state_dict_for_save(self, model_to_save, state_dict: dict, *args, **kwargs) -> dict:
         """
-        As transformers' own, but it stores tied weights once, and keeps what is in `state_dict` alone.
+        As in transformers, but it stores tied weights once and keeps tensors that are only in `state_dict`.
 
-        Each tensor is gathered into memory of its own, by which transformers no longer sees that two are tied. A
-        `state_dict` may have tensors that the model lacks: those of an encoder that training on latents left out.
+        Each tensor is gathered into separate memory, so transformers can no longer see that two are tied. A
+        `state_dict` may have tensors that the model lacks: training on latents removes the encoder from the model.
         """
         gathered = super().gather_sharded_state_dict_for_save(model_to_save, state_dict, *args, **kwargs)
         if gathered is state_dict:
@@ -251,20 +258,22 @@ class TheWorldPreTrainedModel(PreTrainedModel):
                 del whole[name]
         return whole
 
-    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs) -> None:
+    def save_pretrained(  # type: ignore[override] # its other arguments are passed on
+        self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs
+    ) -> None:
         """
-        As transformers' own, and the folder says how its processor is made, as the one that the model came from.
+        As in transformers, and copies the processor_config.json of the checkpoint that the model was loaded from.
 
-        A pipeline, or who saves model and tokenizer, saves no processor. One that is there already is kept.
+        Pipelines, and callers that save model and tokenizer, do not save the processor. An existing file is kept.
         """
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process and self._processor_config is not None:
-            from .processing_theworld import complete_folder  # a model's own code has no need of it
+            from .processing_theworld import complete_folder  # the model itself does not need it
 
             complete_folder(save_directory, self._processor_config)
 
-    def push_to_hub(self, *args, **kwargs) -> str:
-        """As transformers' own. The model's processor is left out, because the repo may have a newer one."""
+    def push_to_hub(self, *args, **kwargs) -> str:  # type: ignore[override] # its arguments are passed on
+        """As in transformers, without `processor_config.json`, because the repo may have a newer one."""
         processor_config, self._processor_config = self._processor_config, None
         try:
             return super().push_to_hub(*args, **kwargs)
@@ -282,9 +291,9 @@ class TheWorldPreTrainedModel(PreTrainedModel):
 
 
 class TheWorldModel(TheWorldPreTrainedModel):
-    """The Wan encoder, the projection and Gemma, with its own eyes or not, without the language-model head."""
+    """The Wan encoder, the projection and Gemma, optionally with Gemma's vision tower, without the LM head."""
 
-    # What FSDP gathers and frees together; the rest is gathered once a step. (For tensors, Gemma brings its own plan.)
+    # Modules that FSDP gathers and frees one by one; the rest is gathered once a step. Gemma has its own tensor plan.
     _fsdp_plan = {"world_encoder": "free_full_weight", "language_model.layers.*": "free_full_weight"}
 
     def __init__(self, config: TheWorldConfig):
@@ -293,7 +302,8 @@ class TheWorldModel(TheWorldPreTrainedModel):
         self.world_projection = TheWorldProjector(config)
         if config.vision_config is not None:
             self.vision_tower = AutoModel.from_config(config.vision_config)
-            self.multi_modal_projector = Gemma3MultiModalProjector(config)
+            projector_config: Any = config  # it has the fields that the projector reads
+            self.multi_modal_projector = Gemma3MultiModalProjector(projector_config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
@@ -308,7 +318,7 @@ class TheWorldModel(TheWorldPreTrainedModel):
                 of 8, T = 1 + 4k.
 
         Returns:
-            Latents [B, z, H / 8, W / 8] or [V, 1 + k, z, H / 8, W / 8] in the encoder's dtype; normalised if
+            Latents [B, z, H / 8, W / 8] or [V, 1 + k, z, H / 8, W / 8] in the encoder's dtype; normalized if
             `config.normalize_latents`.
 
         Raises:
@@ -316,8 +326,8 @@ class TheWorldModel(TheWorldPreTrainedModel):
         """
         latents = self.world_encoder(pixel_values)
         if self.config.normalize_latents:
-            # Read from the config at each call: `from_pretrained` fills buffers that no checkpoint holds with garbage
-            # (transformers#48892).
+            # Read from the config at each call: `from_pretrained` leaves buffers that are not in the checkpoint
+            # uninitialized (transformers#48892).
             mean = latents.new_tensor(self.config.world_config.latents_mean).view(-1, 1, 1)
             std = latents.new_tensor(self.config.world_config.latents_std).view(-1, 1, 1)
             latents = (latents - mean) / std
@@ -368,10 +378,10 @@ class TheWorldModel(TheWorldPreTrainedModel):
 
         Raises:
             TypeError: If the latents are not floating point.
-            ValueError: If they are not finite, or of another shape; see [`TheWorldProjector.forward`].
+            ValueError: If they are not finite, or their shape is wrong; see [`TheWorldProjector.forward`].
         """
         check_latents(world_latents)
-        frames = world_latents.flatten(0, 1) if world_latents.ndim == 5 else world_latents  # those of all videos
+        frames = world_latents.flatten(0, 1) if world_latents.ndim == 5 else world_latents  # of all videos
         tokens = self.world_projection(frames)
         return BaseModelOutputWithPooling(
             last_hidden_state=world_latents, pooler_output=tokens.reshape(len(world_latents), -1, tokens.shape[-1])
@@ -382,7 +392,7 @@ class TheWorldModel(TheWorldPreTrainedModel):
         self, vision_pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple | BaseModelOutputWithPooling:
         """
-        Images as Gemma 3 sees them without TheWorld.
+        Encodes and projects images with Gemma 3's own vision tower, as Gemma 3 does without TheWorld.
 
         Args:
             vision_pixel_values: [C, 3, s, s], floating point, with s the tower's `image_size`.
@@ -392,7 +402,7 @@ class TheWorldModel(TheWorldPreTrainedModel):
 
         Raises:
             TypeError: If `vision_pixel_values` is not floating point.
-            ValueError: If its shape is another, or the model has no `vision_config`.
+            ValueError: If its shape is wrong, values are not finite, or the model has no `vision_config`.
         """
         self._check_vision_pixel_values(vision_pixel_values)
         outputs = self.vision_tower(pixel_values=vision_pixel_values, return_dict=True, **kwargs)
@@ -403,87 +413,102 @@ class TheWorldModel(TheWorldPreTrainedModel):
         vision = self.config.vision_config
         if vision is None:
             raise ValueError(
-                "`vision_pixel_values` came, but this model has no `vision_config`. Convert a Gemma 3 with `--vision`."
+                "Got `vision_pixel_values`, but this model has no `vision_config`. Convert a Gemma 3 with `--vision`."
             )
         check_floating(
-            vision_pixel_values, "`vision_pixel_values` must be floating point", "TheWorldProcessor makes them."
+            vision_pixel_values, "`vision_pixel_values` must be floating point", "TheWorldProcessor returns them so."
         )
         shape = list(vision_pixel_values.shape)
         expected = [vision.num_channels, vision.image_size, vision.image_size]
         if len(shape) != 4 or shape[0] == 0 or shape[1:] != expected:
             raise ValueError(
-                f"`vision_pixel_values` must be [C, {', '.join(map(str, expected))}] with one image or more, got "
-                f"{shape}. TheWorldProcessor makes them."
+                f"`vision_pixel_values` must be [C, {', '.join(map(str, expected))}] with at least one image, "
+                f"got {shape}. TheWorldProcessor returns them so."
             )
         torch_compilable_check(
             vision_pixel_values.isfinite().all(),
-            "`vision_pixel_values` must be finite, but some are NaN or infinite. TheWorldProcessor makes them.",
+            "`vision_pixel_values` must be finite, but some are NaN or infinite. TheWorldProcessor returns them so.",
         )
 
     def encode_modalities(
-        self, mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None, **inputs: torch.Tensor | None
+        self,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        *,
+        pixel_values: torch.Tensor | None = None,
+        world_latents: torch.Tensor | None = None,
+        vision_pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        world_latents_videos: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """
-        The tokens of each modality that came, in whichever form; by the modality's name, [images, N, D].
+        Encodes the modalities that are given; see [`TheWorldForConditionalGeneration.forward`] for the arguments.
 
-        Args:
-            mm_encoder_outputs: As `forward` takes them.
-            inputs: `forward`'s arguments by the names that `MODALITIES` lists.
+        Returns:
+            Their tokens [items, N, D], by the modality's name.
 
         Raises:
-            ValueError: If a modality came in more than one form, or this model has no places for it.
+            ValueError: If a modality is given in more than one form, or this model has no placeholder for it.
         """
-        tokens = {}
+        given = mm_encoder_outputs or {}
+        encoded: dict[str, Any] = {
+            each.name: given[each.name] for each in MODALITIES if given.get(each.name) is not None
+        }
+        check_modality_inputs(
+            encoded,
+            pixel_values=pixel_values,
+            world_latents=world_latents,
+            vision_pixel_values=vision_pixel_values,
+            pixel_values_videos=pixel_values_videos,
+            world_latents_videos=world_latents_videos,
+        )
+        if pixel_values is not None:
+            encoded["image"] = self.get_image_features(pixel_values, return_dict=True)
+        if world_latents is not None:
+            encoded["image"] = self.get_latent_features(world_latents, return_dict=True)
+        if vision_pixel_values is not None:
+            encoded["vision"] = self.get_vision_features(vision_pixel_values, return_dict=True)
+        if pixel_values_videos is not None:
+            encoded["video"] = self.get_video_features(pixel_values_videos, return_dict=True)
+        if world_latents_videos is not None:
+            encoded["video"] = self.get_latent_features(world_latents_videos, return_dict=True)
+        self._check_placeholders_exist(encoded)
+        return {name: output.pooler_output for name, output in encoded.items()}
+
+    def _check_placeholders_exist(self, encoded: dict[str, BaseModelOutputWithPooling]) -> None:
         for modality in MODALITIES:
-            encoded = (mm_encoder_outputs or {}).get(modality.name)
-            came = [name for name in modality.inputs if inputs.get(name) is not None]
-            if len(came) + (encoded is not None) > 1:
-                forms = " or as ".join(f"`{form}`" for form in (*modality.inputs, "mm_encoder_outputs"))
-                raise ValueError(f"Give the {modality.item}s once: as {forms}.")
-            for name in came:
-                # An image for a video, or the reverse; what else may be wrong is for the method to say.
-                if getattr(inputs[name], "ndim", None) in {other.ndim for other in MODALITIES} - {modality.ndim}:
-                    raise ValueError(
-                        f"`{name}` must have {modality.ndim} dimensions, got {list(inputs[name].shape)}. "
-                        "TheWorldProcessor makes it: of `images` with 4, of `videos` with 5."
-                    )
-                encoded = getattr(self, modality.inputs[name])(inputs[name], return_dict=True)
-            if encoded is not None:
-                if modality not in self.modalities:
-                    raise ValueError(
-                        f"{modality.kind} tokens of {modality.item}s came, but this model has no places for them: no "
-                        f"`{modality.name}_token_id`. Convert its sources again with convert_weights.py."
-                    )
-                tokens[modality.name] = encoded.pooler_output
-        return tokens
+            if modality.name in encoded and modality not in self.modalities:
+                raise ValueError(
+                    f"Got {modality.kind} tokens of {modality.item}s, but this model has no `{modality.name}_token_id`"
+                    ". Convert its sources again with convert_weights.py."
+                )
 
     @property
     def modalities(self) -> list[Modality]:
-        """Those that have places in this model's prompts."""
+        """The modalities for which this model has a placeholder."""
         return [modality for modality in MODALITIES if modality.token_id(self.config) is not None]
 
     def find_placeholders(
-        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None, modality: Modality
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, modality: Modality
     ) -> torch.Tensor:
-        """Boolean mask [batch, S] of a modality's places, found by id, or by embedding where there are no ids."""
-        token_id = modality.token_id(self.config)
+        """Boolean mask [batch, S] of a modality's placeholders, found by id, or by embedding if there are no ids."""
+        token_id = cast(int, modality.token_id(self.config))
         if input_ids is not None:
             return input_ids == token_id
-        token_id = torch.tensor(token_id, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(token_id)).all(-1)
+        embeds = cast(torch.Tensor, inputs_embeds)
+        return (embeds == self.get_input_embeddings()(torch.tensor(token_id, device=embeds.device))).all(-1)
 
     def get_placeholder_mask(
         self,
-        input_ids: torch.LongTensor | None,
+        input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None,
         features: torch.Tensor,
         modality: Modality,
     ) -> torch.Tensor:
         """
-        Finds the places of a modality's tokens, and checks that there are as many places as tokens.
+        Finds the placeholders of a modality, and checks that there is one for each of its tokens.
 
         Args:
-            input_ids: [batch, S], or None to compare `inputs_embeds` with the embedding of a place.
+            input_ids: [batch, S], or None to compare `inputs_embeds` with the placeholder's embedding.
             inputs_embeds: [batch, S, D]; needed only without `input_ids`.
             features: The modality's tokens [images or videos, N, D].
 
@@ -499,25 +524,25 @@ class TheWorldModel(TheWorldPreTrainedModel):
             mask.sum() == num_items * num_tokens,
             lambda: (
                 f"{num_items} {modality.item}(s) of {num_tokens} {modality.kind} tokens need {num_items * num_tokens} "
-                f"`{modality.token}` places, but the prompts have {mask.sum(-1).tolist()}. TheWorldProcessor makes them "
-                "of one `<world>` an image and one `<world_video>` a video."
+                f"`{modality.token}` placeholders, but the prompts have {mask.sum(-1).tolist()}. "
+                f"{EXPANDED_BY_PROCESSOR}"
             ),
         )
         return mask.unsqueeze(-1)
 
     def merge_multimodal_embeddings(
         self,
-        input_ids: torch.LongTensor | None,
+        input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor,
         tokens: dict[str, torch.Tensor],
         whole: bool,
     ) -> torch.Tensor:
         """
-        `inputs_embeds` [batch, S, D] with the modalities' tokens in their places.
+        Returns `inputs_embeds` [batch, S, D] with the placeholders replaced by the modalities' `tokens`.
 
         Raises:
-            ValueError: If tokens and places differ in number, or places came without tokens; or if the images are to
-                be `whole`, and the places of one are apart.
+            ValueError: If the numbers of tokens and placeholders differ, or placeholders have no tokens; or if `whole`
+                and the placeholders of an item span two prompts or are not contiguous.
         """
         for modality in self.modalities:
             if modality.name in tokens:
@@ -526,30 +551,29 @@ class TheWorldModel(TheWorldPreTrainedModel):
                 if whole:
                     check_placeholders_contiguous(mask[..., 0], features.shape[1], modality)
                 inputs_embeds = inputs_embeds.masked_scatter(mask, features)
-            elif input_ids is not None and input_ids.shape[1] > 1:  # a prompt: decoding goes one token at a time
+            elif input_ids is not None and input_ids.shape[1] > 1:  # a prompt, not a decoding step
                 torch_compilable_check(
                     ~self.find_placeholders(input_ids, inputs_embeds, modality).any(),
-                    f"The prompt has `{modality.token}` places but no {modality.item} came with it. Give "
-                    f"{' or '.join(f'`{name}`' for name in modality.inputs)}, or leave `{modality.token}` out of the "
+                    f"The prompt has `{modality.token}` placeholders but no {modality.item} is given. Pass "
+                    f"{' or '.join(f'`{name}`' for name in modality.inputs)}, or remove `{modality.token}` from the "
                     "prompt.",
                 )
         return inputs_embeds
 
-    def get_token_types(
-        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None
-    ) -> torch.LongTensor:
-        """What each token of a prompt stands for, [batch, S]: 0 text, 1 one of Gemma's own, 2 a world token."""
-        return sum(
+    def get_token_types(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """The type of each token of a prompt, [batch, S]: 0 text, 1 Gemma's own image tokens, 2 world tokens."""
+        types = [
             modality.type_id * self.find_placeholders(input_ids, inputs_embeds, modality)
             for modality in self.modalities
-        )
+        ]
+        return torch.stack(types).sum(0)
 
     @property
     def is_in_step(self) -> bool:
         """
         Whether other processes wait for this one in every module.
 
-        They do where FSDP gathers the encoder's weights, and in training, where gradients are averaged.
+        They do if FSDP gathers the encoder's weights, and in training, to average gradients.
         """
         if hasattr(self.world_encoder, "unshard"):  # FSDP's
             return True
@@ -559,23 +583,23 @@ class TheWorldModel(TheWorldPreTrainedModel):
 
     def add_absent_modalities(self, inputs_embeds: torch.Tensor, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
         """
-        `inputs_embeds`, with every modality's modules in their graph; the numbers stay.
+        Adds the modules of absent modalities to the graph of `inputs_embeds`; the values stay the same.
 
-        A batch without images would use fewer modules than those of the other processes, which would wait forever.
+        Without images, this process would use fewer modules than the other processes, which would wait forever.
         """
         for modality in self.modalities:
             if modality.name not in tokens:
-                blank = self.encode_modalities(**self.make_blank(modality, inputs_embeds))[modality.name]
+                blank = self.encode_modalities(None, **self.make_blank(modality, inputs_embeds))[modality.name]
                 inputs_embeds = inputs_embeds + blank.flatten()[:0].sum()  # zero, and so is its gradient
         return inputs_embeds
 
     def make_blank(self, modality: Modality, like: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The smallest input of a modality, of zeros; latents where the encoder is not in memory."""
+        """The smallest input of a modality, all zeros; latents if the encoder has been removed."""
         name, *others = modality.inputs
         world, vision = self.config.world_config, self.config.vision_config
-        if modality.type_id == VISION_TYPE:
+        if vision is not None and modality.type_id == VISION_TYPE:
             return {name: like.new_zeros(1, vision.num_channels, vision.image_size, vision.image_size)}
-        side = self.config.image_size if self.config.token_layout == "channel" else self.config.patch_size
+        side = self.config.image_size or self.config.patch_size
         frames, channels = 1 + world.temporal_compression_ratio, world.in_channels
         if next(self.world_encoder.parameters(), None) is None:
             (name,) = others
@@ -597,7 +621,7 @@ class TheWorldModel(TheWorldPreTrainedModel):
         pixel_values_videos: torch.Tensor | None = None,
         world_latents_videos: torch.Tensor | None = None,
         vision_pixel_values: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | TheWorldModelOutputWithPast:
@@ -616,23 +640,21 @@ class TheWorldModel(TheWorldPreTrainedModel):
             mm_encoder_outputs,
             pixel_values=pixel_values,
             world_latents=world_latents,
+            vision_pixel_values=vision_pixel_values,
             pixel_values_videos=pixel_values_videos,
             world_latents_videos=world_latents_videos,
-            vision_pixel_values=vision_pixel_values,
         )
         if tokens and token_type_ids is None and self.config.has_bidirectional_blocks:
             token_type_ids = self.get_token_types(input_ids, inputs_embeds)
-        # What `generate` has encoded it has checked too, and may bring in pieces.
+        # `generate` has already checked the placeholders of what it encoded, and may pass the prompt in chunks.
         inputs_embeds = self.merge_multimodal_embeddings(
             input_ids, inputs_embeds, tokens, whole=mm_encoder_outputs is None
         )
         if cache is None and self.is_in_step:
             inputs_embeds = self.add_absent_modalities(inputs_embeds, tokens)
-        attention_mask = create_block_masks(
-            self.config, inputs_embeds, attention_mask, cache, position_ids, token_type_ids
-        )
+        masks = create_block_masks(self.config, inputs_embeds, attention_mask, cache, position_ids, token_type_ids)
         outputs = takes_cache(self.language_model)(
-            attention_mask=attention_mask,
+            attention_mask=masks,
             position_ids=position_ids,
             cache=cache,
             inputs_embeds=inputs_embeds,
@@ -643,8 +665,8 @@ class TheWorldModel(TheWorldPreTrainedModel):
         )
 
 
-class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin):
-    """TheWorld with the language-model head: what `AutoModel.from_pretrained` gives, and what generates."""
+class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, TheWorldGenerationMixin):
+    """TheWorld with the LM head, for training and `generate`; what `AutoModel.from_pretrained` returns."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -654,7 +676,7 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
         self.model = TheWorldModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         if config.video_token_id is None:
-            # Images never reach these. DistributedDataParallel would wait for their gradients.
+            # Images never use these, so DistributedDataParallel would wait for their gradients.
             time_convs = [name for name, _ in self.named_parameters() if ".time_conv." in name]
             self._ddp_params_and_buffers_to_ignore = time_convs
         self.post_init()
@@ -662,10 +684,10 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
     @classmethod
     def _from_config(cls, config: TheWorldConfig, **kwargs) -> PreTrainedModel:
         """
-        As transformers' own, for users; for a serving engine, the model without a head.
+        As in transformers; but for a serving engine it returns `TheWorldModel`, without the LM head.
 
-        An engine brings its own attention, head and sampling. It names its attention when it asks `AutoModel` for the
-        model, and wants the hidden states.
+        An engine has its own attention, head and sampling, and needs the hidden states. It is recognized by the
+        attention implementation that it asks for.
         """
         if kwargs.get("attn_implementation", config.text_config._attn_implementation) in ENGINE_ATTENTION:
             check_served(config)
@@ -673,11 +695,11 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
         return super()._from_config(config, **kwargs)
 
     @classmethod
-    def maybe_distribute_model(cls, model: PreTrainedModel, distributed_config, *args) -> PreTrainedModel:
-        """As transformers' own, with the head tied before FSDP, which would shard the one weight twice otherwise."""
+    def maybe_distribute_model(cls, model: Any, distributed_config, *args, **kwargs) -> Any:
+        """As in transformers, but ties the head before FSDP, which would otherwise shard the shared weight twice."""
         if distributed_config is not None and distributed_config.fsdp_size > 1:
             model.tie_weights()
-        return super().maybe_distribute_model(model, distributed_config, *args)
+        return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
@@ -720,41 +742,42 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
         pixel_values_videos: torch.Tensor | None = None,
         world_latents_videos: torch.Tensor | None = None,
         vision_pixel_values: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | TheWorldCausalLMOutputWithPast:
         """
-        Scores the next tokens of prompts with images and videos in them.
+        Computes next-token logits, and the loss if `labels` are given, for prompts with images and videos.
 
         Args:
             input_ids: [batch, S]; `<world>` N times for each image, as TheWorldProcessor expands it.
             pixel_values: [B, 3, H, W], floating point, in [-1, 1]; the images of all prompts in their order. H and W
                 are multiples of `config.patch_size`.
             attention_mask: [batch, S], 0 at padding.
-            position_ids, cache: As Gemma's. (`past_key_values` is the cache's name before transformers 5.24.)
-            inputs_embeds: [batch, S, D], in place of `input_ids`.
-            labels: [batch, S] token ids, -100 where none counts; shifted inside.
-            logits_to_keep: How many of the last positions, or which, get logits; 0 for all.
-            world_latents: [B, z, h, w] as `get_world_latents` returns them, in place of `pixel_values`.
-            pixel_values_videos: [V, T, 3, H, W], as `pixel_values` but of videos of T = 1 + 4k frames, for
-                `<world_video>` places.
-            world_latents_videos: [V, 1 + k, z, h, w], in place of `pixel_values_videos`.
+            position_ids, cache: As in Gemma. (Before transformers 5.24 the cache is named `past_key_values`.)
+            inputs_embeds: [batch, S, D], instead of `input_ids`.
+            labels: [batch, S] token ids, -100 where the loss ignores a token; shifted inside.
+            logits_to_keep: How many of the last positions, or which positions, get logits; 0 for all.
+            world_latents: [B, z, h, w] as `get_world_latents` returns them, instead of `pixel_values`.
+            pixel_values_videos: [V, T, 3, H, W], as `pixel_values` but videos of T = 1 + 4k frames, for
+                `<world_video>` placeholders.
+            world_latents_videos: [V, 1 + k, z, h, w], instead of `pixel_values_videos`.
             vision_pixel_values: [C, 3, s, s], floating point, with s the size of `config.vision_config`; the images of
                 all prompts and their crops, in their order.
-            token_type_ids: [batch, S], 1 in the places of Gemma's own image tokens, 2 in those of world tokens: the
-                blocks that attention may read both ways. Found in the prompt where images come without them.
-            mm_encoder_outputs: `{"image": get_image_features(...)}` in place of `pixel_values`, as `generate` does,
-                `"video": get_video_features(...)` in place of `pixel_values_videos`, and `"vision":
-                get_vision_features(...)` in place of `vision_pixel_values`.
+            token_type_ids: [batch, S], 1 at the placeholders of Gemma's own image tokens, 2 at those of world tokens:
+                the blocks that may have bidirectional attention. If None, they are found in the prompt.
+            mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`, as `generate` does,
+                `"video": get_video_features(...)` instead of `pixel_values_videos`, and `"vision":
+                get_vision_features(...)` instead of `vision_pixel_values`.
 
         Returns:
-            `loss` if labels came, `logits` [batch, S, vocabulary], and Gemma's other outputs.
+            `loss` if there are labels, `logits` [batch, S, vocabulary], and Gemma's other outputs.
 
         Raises:
-            TypeError: If images, videos or their latents are not floating point, or ids or labels not integers.
-            ValueError: If images or videos and their places differ in number, come twice, or have another shape or
-                range; if ids or labels are outside the vocabulary; if the mask does not cover the prompts.
+            TypeError: If images, videos or their latents are not floating point, or ids or labels are not integers.
+            ValueError: If the numbers of images or videos and of their placeholders differ; if one is given in two
+                forms, or has a wrong shape or range; if ids or labels are outside the vocabulary; if the mask does not
+                cover the prompts.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -774,7 +797,7 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        # Gemma 2 caps its logits; the same three operations as its own class, so that the bits agree.
+        # Gemma 2 caps its logits. These are the same three operations as in its class, so the bits are equal.
         if (cap := getattr(self.config.text_config, "final_logit_softcapping", None)) is not None:
             logits = logits / cap
             logits = torch.tanh(logits)
@@ -787,99 +810,6 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, GenerationMixin)
 
         others = {name: output for name, output in outputs.items() if name != "last_hidden_state"}
         return TheWorldCausalLMOutputWithPast(loss=loss, logits=logits, **others)
-
-    def _prepare_generated_length(
-        self, generation_config: GenerationConfig, *, input_ids_length: int, inputs_tensor: torch.Tensor, **kwargs
-    ) -> GenerationConfig:
-        """As transformers' own; an answer ends where Gemma's context does, beyond which it would make no sense."""
-        context, length = self.config.text_config.max_position_embeddings, inputs_tensor.shape[1]
-        check_context(length, context)
-        generation_config = super()._prepare_generated_length(
-            generation_config, input_ids_length=input_ids_length, inputs_tensor=inputs_tensor, **kwargs
-        )
-        # `max_length` does not count prompts that came as embeddings.
-        generation_config.max_length = min(generation_config.max_length, context - length + input_ids_length)
-        return generation_config
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.LongTensor,
-        inputs_embeds: torch.Tensor | None = None,
-        is_first_iteration: bool | None = False,
-        **kwargs,
-    ) -> dict:
-        """As transformers' own; encoded images and their blocks go with the prompt only, which it leaves to models."""
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
-        )
-        if not is_first_iteration and kwargs.get("use_cache", True):
-            inputs.pop("mm_encoder_outputs", None)
-            inputs.pop("token_type_ids", None)
-        return inputs
-
-    @staticmethod
-    @accepts_past_key_values
-    def create_masks_for_generate(
-        config: TheWorldConfig,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        cache: Cache | None,
-        position_ids: torch.LongTensor | None,
-        token_type_ids: torch.LongTensor | None = None,
-        **kwargs,
-    ) -> torch.Tensor | dict:
-        """As transformers' own, which makes the masks ahead for a static cache, with the images' blocks."""
-        masks = create_block_masks(config, inputs_embeds, attention_mask, cache, position_ids, token_type_ids)
-        if masks is not attention_mask:
-            return masks
-        return create_masks_for_generate(config, inputs_embeds, attention_mask, cache=cache, position_ids=position_ids)
-
-    def _repeat_by_prompt(
-        self,
-        prompts: torch.LongTensor | None,
-        inputs_embeds: torch.Tensor | None,
-        tokens: dict[str, torch.Tensor],
-        times: int,
-    ) -> dict[str, BaseModelOutputWithPooling]:
-        """The modalities' tokens for `times` beams a prompt: images [A, B] of one prompt become [A, B, A, B]."""
-        outputs = {}
-        for modality in (modality for modality in MODALITIES if modality.name in tokens):
-            features = tokens[modality.name]
-            mask = self.model.get_placeholder_mask(prompts, inputs_embeds, features, modality)
-            check_placeholders_contiguous(mask[..., 0], features.shape[1], modality)
-            by_prompt = features.split((mask.sum((1, 2)) // features.shape[1]).tolist())
-            repeated = torch.cat([images.repeat(times, 1, 1) for images in by_prompt])
-            outputs[modality.name] = BaseModelOutputWithPooling(pooler_output=repeated)
-        return outputs
-
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: torch.LongTensor | None = None,
-        **model_kwargs,
-    ) -> tuple[torch.LongTensor, dict]:
-        """
-        As transformers' own, and encodes the images, once, before beams multiply the prompts.
-
-        A prompt's images stay together. What a cache holds was read with its images: those that come now are for the
-        rest of the prompt.
-        """
-        check_generation_inputs(input_ids, model_kwargs.get("attention_mask"), self.config.text_config.vocab_size)
-        names = ["mm_encoder_outputs", *(name for modality in MODALITIES for name in modality.inputs)]
-        tokens = self.model.encode_modalities(**{name: model_kwargs.pop(name, None) for name in names})
-        if tokens:
-            cache, embeds = model_kwargs.get(CACHE_NAME), model_kwargs.get("inputs_embeds")
-            prompts = input_ids[:, cache.get_seq_length() if cache is not None else 0 :] if input_ids.numel() else None
-            if self.config.has_bidirectional_blocks and model_kwargs.get("token_type_ids") is None:
-                model_kwargs["token_type_ids"] = self.model.get_token_types(prompts, embeds)
-            encoded = self._repeat_by_prompt(prompts, embeds, tokens, expand_size)
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size, is_encoder_decoder, input_ids, **model_kwargs
-        )
-        if tokens:
-            model_kwargs["mm_encoder_outputs"] = encoded
-        return input_ids, model_kwargs
 
 
 TheWorldForConditionalGeneration.register_for_auto_class("AutoModel")

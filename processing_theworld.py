@@ -1,16 +1,17 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
 """
-Text, images and videos to TheWorld's inputs: one `<world>` in a prompt becomes the places of an image's world tokens,
-and of Gemma 3's own image tokens where the model has them; one `<world_video>` those of a video's.
+Text, images and videos to TheWorld's inputs. One `<world>` in a prompt expands to the placeholders of an image's world
+tokens, and of Gemma 3's own image tokens if the model has its vision tower; one `<world_video>` to those of a video's.
 """
 
-# First: it names a transformers that lacks what follows.
+# Must be the first import: fails clearly if transformers is too old.
 from .versions_theworld import TESTED  # noqa: F401 # isort: skip
 
 import copy
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from transformers.utils import PROCESSOR_NAME
 from transformers.video_utils import VideoInput, VideoMetadataType
 
 from .images_theworld import read_images
+from .modalities_theworld import VISION_TYPE, WORLD_TYPE
 from .padding_theworld import without_shared_settings
 from .validation_theworld import check_conversation, check_text
 from .videos_theworld import (
@@ -39,16 +41,16 @@ from .videos_theworld import (
 )
 
 
-# The tower sees images of one size, whatever the size of those that become world tokens; and only it sees crops.
+# Options for world tokens only, because the tower has one image size; and options for the tower only, which has crops.
 WORLD_ONLY = ("size", "do_resize")
 VISION_ONLY = tuple(name for name in Gemma3ImageProcessorKwargs.__annotations__ if "pan_and_scan" in name)
-# Options that say how large images become, and which numbers their pixels become.
+# Options that set the size of images, and those that set the values of their pixels.
 AREAS = ("size", "pad_size", "crop_size")
 SCALES = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
 
 
 class TheWorldImagesKwargs(Gemma3ImageProcessorKwargs, total=False):
-    """The image processors', whether the images are latents already, and which of the two modalities are on."""
+    """The image processors' options, whether the images are latents, and which of the two modalities to use."""
 
     encoded: bool
     world: bool
@@ -56,10 +58,7 @@ class TheWorldImagesKwargs(Gemma3ImageProcessorKwargs, total=False):
 
 
 class TheWorldVideosKwargs(ImagesKwargs, total=False):
-    """
-    The image processor's, for each frame; which frames are read, what is known of the videos, and whether the modality
-    is on.
-    """
+    """The image processor's options for each frame, which frames are read, the videos' metadata, and the switch."""
 
     fps: float | int | None
     num_frames: int | None
@@ -70,13 +69,13 @@ class TheWorldVideosKwargs(ImagesKwargs, total=False):
 
 
 class TheWorldProcessorKwargs(ProcessingKwargs, total=False):
-    images_kwargs: TheWorldImagesKwargs
-    videos_kwargs: TheWorldVideosKwargs
-    _defaults = {}  # transformers 5.17 reads it
+    images_kwargs: TheWorldImagesKwargs  # type: ignore[misc] # as transformers' own processors narrow them
+    videos_kwargs: TheWorldVideosKwargs  # type: ignore[misc]
+    _defaults = {}  # type: ignore[misc] # transformers 5.17 reads it
 
 
-def grouped_by_prompt(images: ImageInput | None) -> bool:
-    """Whether `images` is a list of lists, one (maybe empty) for each prompt."""
+def grouped_by_prompt(images: Any) -> bool:
+    """Whether `images` is a list of lists (possibly empty), one for each prompt."""
     entries = images if isinstance(images, list | tuple) else []
     grouped = [isinstance(entry, list | tuple) for entry in entries]
     if any(grouped) and not all(grouped):
@@ -84,22 +83,23 @@ def grouped_by_prompt(images: ImageInput | None) -> bool:
     return any(grouped)
 
 
-def flatten_images(images: ImageInput | None) -> list:
-    """The images of all prompts in their order."""
+def flatten_images(images: Any) -> list:
+    """The images of all prompts, in order."""
     if images is None or (isinstance(images, list | tuple) and not images):
         return []
     if grouped_by_prompt(images):
         return [image for prompt_images in images for image in prompt_images]
-    return make_flat_list_of_images(images)
+    flat: Any = make_flat_list_of_images(images)
+    return flat
 
 
 def time_stamp(seconds: float) -> str:
-    """The text before a latent frame of a video: when it was, to the millisecond."""
+    """The text before a latent frame of a video: its time, to the millisecond."""
     return f"{seconds:.3f}s"
 
 
 def list_latents(world_latents: torch.Tensor | list) -> list:
-    """Latents as a list of [z, h, w], or of a list of those for each prompt; raises a `ValueError` for others."""
+    """Latents as a list of [z, h, w], or a list of such lists, one for each prompt; else raises a `ValueError`."""
 
     def is_list(entry):
         return isinstance(entry, list | tuple) or (isinstance(entry, torch.Tensor) and entry.ndim == 4)
@@ -109,42 +109,42 @@ def list_latents(world_latents: torch.Tensor | list) -> list:
     found = {str(list(each.shape)) if isinstance(each, torch.Tensor) else type(each).__name__ for each in flat}
     if len(found) > 1 or not all(isinstance(each, torch.Tensor) and each.ndim == 3 for each in flat):
         raise ValueError(
-            f"`world_latents` must be tensors [z, h, w], one for each image, all of one size, got "
+            f"`world_latents` must be tensors [z, h, w], one for each image, all of the same size, got "
             f"{', '.join(sorted(found))}. `get_world_latents` returns them for a batch of images."
         )
     return entries
 
 
 def check_areas(images: list[Image.Image], **options) -> None:
-    """Raises a `ValueError` if an option makes an image larger than Pillow opens one, before memory is taken."""
+    """Raises a `ValueError`, before allocating, if an option makes images larger than Pillow's limit."""
     for name in AREAS:
         if options.get(name) is None or Image.MAX_IMAGE_PIXELS is None:
             continue
         sides = get_size_dict(options[name], default_to_square=False, param_name=name)
         if "height" in sides:
             area = sides["height"] * sides["width"]
-        else:  # the other side follows from the image's own
+        else:  # the other side follows from the image's aspect ratio
             area = max(sides.values()) ** 2 * max(max(image.size) / min(image.size) for image in images)
         if area > Image.MAX_IMAGE_PIXELS:
             raise ValueError(
                 f"`{name}` must give images of at most {Image.MAX_IMAGE_PIXELS:,} pixels, got {options[name]!r:.80}. "
-                "Make it smaller, or, if you trust where it comes from, raise `PIL.Image.MAX_IMAGE_PIXELS`."
+                "Make it smaller, or, if you trust its source, raise `PIL.Image.MAX_IMAGE_PIXELS`."
             )
 
 
 def check_range(pixel_values: Iterable[torch.Tensor | np.ndarray]) -> None:
-    """Raises a `ValueError` unless images are scaled to [-1, 1]; a server would hand others to the model and end."""
+    """Raises a `ValueError` unless images are in [-1, 1]; in a server, the model's own check would end the process."""
     for pixels in pixel_values:
         least, greatest = torch.as_tensor(pixels).aminmax()
-        if not (least >= -1.001 and greatest <= 1.001):  # the encoder's slack; NaN fails too
+        if not (least >= -1.001 and greatest <= 1.001):  # the encoder's tolerance; NaN fails too
             raise ValueError(
-                f"Images must be scaled to [-1, 1], but these options give {least:.4g} to {greatest:.4g}. Leave "
-                f"{', '.join(f'`{name}`' for name in SCALES)} as they are."
+                f"Images must be scaled to [-1, 1], but these options give {least:.4g} to {greatest:.4g}. Do not "
+                f"change {', '.join(f'`{name}`' for name in SCALES)}."
             )
 
 
 def complete_folder(folder: str | os.PathLike, processor_config: str) -> None:
-    """Writes a processor's settings into a model's `folder` that has none; tokenizer and code are there already."""
+    """Writes `processor_config` into a model's `folder` unless it has one."""
     path = Path(folder) / PROCESSOR_NAME
     if not path.exists():
         path.write_text(processor_config)
@@ -152,33 +152,33 @@ def complete_folder(folder: str | os.PathLike, processor_config: str) -> None:
 
 class TheWorldProcessor(ProcessorMixin):
     """
-    An image processor and a Gemma tokenizer with TheWorld's tokens, in one call.
+    An image processor and a Gemma tokenizer with TheWorld's tokens.
 
     Args:
-        image_processor: Resizes and scales images, and the frames of videos, to [-1, 1]. It always works on PIL's
-            side, so that an image gives the same numbers whether torchvision is installed or not.
+        image_processor: Resizes and scales images, and the frames of videos, to [-1, 1]. The PIL backend is always
+            used, so that an image gives the same numbers with and without torchvision.
         tokenizer: Gemma's, with `<world>`, `<start_of_world>` and `<end_of_world>`; and `<world_video>`, if the model
             reads videos.
-        chat_template: Jinja template of a conversation.
-        patch_size: Pixels a side of the square that one world token stands for; `TheWorldConfig.patch_size`.
-        image_seq_length: World tokens an image for `token_layout="channel"`, where their number and the image's size
-            are fixed; None where they follow from the size.
-        compression_ratio: Pixels a side of the square that one latent position stands for;
+        chat_template: Jinja template for conversations.
+        patch_size: Side, in pixels, of the square that one world token covers; `TheWorldConfig.patch_size`.
+        image_seq_length: World tokens per image for `token_layout="channel"`, where their number and the image size
+            are fixed; None if they depend on the image size.
+        compression_ratio: Side, in pixels, of the square that one latent position covers;
             `TheWorldEncoderConfig.spatial_compression_ratio`.
-        temporal_compression_ratio: Frames of a video, after its first, that one latent frame stands for;
+        temporal_compression_ratio: Frames that each latent frame after the first encodes;
             `TheWorldEncoderConfig.temporal_compression_ratio`.
-        fps: Frames a second at which videos are read.
-        max_frames: Frames that are read of a video at most. Of one that has more at `fps`, as many are read evenly,
+        fps: Frames per second at which videos are sampled.
+        max_frames: The most frames that are read from a video. If it has more at `fps`, this many are sampled evenly,
             from its first frame to its last.
-        vision_settings: Those of Gemma 3's image processor, for a model with `TheWorldConfig.vision_config`.
-        vision_seq_length: Gemma's own tokens an image or crop; `TheWorldConfig.mm_tokens_per_image`.
+        vision_settings: Settings of Gemma 3's image processor, for a model with `TheWorldConfig.vision_config`.
+        vision_seq_length: Gemma's own tokens per image or crop; `TheWorldConfig.mm_tokens_per_image`.
         world_first: Whether an image's world tokens come before Gemma's own; `TheWorldConfig.world_first`.
 
     Raises:
-        ValueError: If the tokenizer lacks one of the three tokens, or with `vision_settings` one of Gemma 3's.
+        ValueError: If the tokenizer lacks one of the first three tokens, or, with `vision_settings`, one of Gemma 3's.
     """
 
-    valid_processor_kwargs = TheWorldProcessorKwargs
+    valid_processor_kwargs = TheWorldProcessorKwargs  # type: ignore[assignment] # a subclass, but of a TypedDict
     image_token = "<world>"
     start_of_world_token = "<start_of_world>"
     end_of_world_token = "<end_of_world>"
@@ -224,22 +224,23 @@ class TheWorldProcessor(ProcessorMixin):
         self.image_token_id = vocabulary[self.image_token]
         self.video_token_id = vocabulary.get(self.video_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
-        # Frames are images. (transformers' own video processors need torchvision.)
+        # Frames are processed as images, because transformers' video processors need torchvision.
         self.video_processor = self.image_processor
 
     @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
         """
-        As transformers' own.
+        As in transformers.
 
         Raises:
-            ValueError: If the folder has no processor_config.json. transformers would guess.
+            ValueError: If the folder has no processor_config.json, for which transformers would use defaults.
         """
         settings, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
         if "patch_size" not in settings:
             raise ValueError(
                 f"{pretrained_model_name_or_path} has no {PROCESSOR_NAME}, which says how images become tokens. Load "
-                "the processor of the checkpoint that the model came from, and save it there with `save_pretrained`."
+                "the processor of the checkpoint that the model was made from, and save it there with "
+                "`save_pretrained`."
             )
         return settings, kwargs
 
@@ -255,30 +256,32 @@ class TheWorldProcessor(ProcessorMixin):
         """
         Text, images and videos to the model's inputs.
 
-        A video is read at `fps` frames a second, from its first frame to its last; if it has more than `max_frames` at
-        that rate, as many are read evenly. If there are not 1 + 4k of them, the last is repeated until there are, so
-        that none is lost. Each latent frame's places have the time of its last frame before them, as "0.500s".
+        A video is sampled at `fps` frames per second, from its first frame to its last; if it has more than
+        `max_frames` at that rate, this many are sampled evenly. If their number is not 1 + 4k, the last one is
+        repeated, so that no frame is dropped. Before the placeholders of each latent frame comes the time of its last
+        frame, as "0.500s".
 
-        A prompt that begins with `<bos>`, as a chat that was rendered by `apply_chat_template` does, gets no second
-        one: the call then gives what `apply_chat_template(tokenize=True)` gives.
+        If a prompt already begins with `<bos>`, as chats rendered by `apply_chat_template` do, no second one is added:
+        the call returns the same as `apply_chat_template(tokenize=True)`.
 
         Args:
             images: An image in any form that `read_image` reads, a list of the images of all prompts, or a list of
                 images for each prompt.
-            text: A prompt or several, with one `<world>` for each image and one `<world_video>` for each video.
+            text: A prompt or a list of prompts, with one `<world>` for each image and one `<world_video>` for each
+                video.
             videos: A video, a list of the videos of all prompts, or a list of videos for each prompt. A video is a
                 list of PIL images, of arrays [H, W, 3] or of the paths of pictures, an array [T, H, W, 3], an animated
                 PIL image, or the path or URL of a file: an animation that PIL reads (GIF, PNG, WebP, AVIF), or any
                 other that PyAV reads, if it is installed. Each frame is read as an image is.
-            world_latents: In place of `images`: latents of images, as the model's `get_world_latents` returns them,
+            world_latents: Instead of `images`: latents of images as the model's `get_world_latents` returns them,
                 [B, z, h, w]; or a list of [z, h, w], or a list of those for each prompt.
-            kwargs: The tokenizer's and the image processors', and those of videos: `fps`, or `num_frames` to read so
-                many evenly; `max_frames`; `do_sample_frames=False` to read all frames that there are; and
-                `video_metadata`, whose `fps` and `frames_indices` say when the frames of lists and arrays were, as
-                `transformers.video_utils.load_video` returns them; without it they have the wanted rate. `size` is
-                that of images and frames that become world tokens,
-                `do_pan_and_scan` and its like are Gemma 3's. `world=False` or `vision=False` leaves one modality out of
-                prompts and inputs: without the world, they are those of Gemma 3's processor.
+            kwargs: Options of the tokenizer, the image processors and videos. Videos have `fps`, or `num_frames` to
+                sample so many evenly; `max_frames`; `do_sample_frames=False` to read all frames; and `video_metadata`,
+                whose `fps` and `frames_indices` give the times of the frames of lists and arrays, as returned by
+                `transformers.video_utils.load_video`; without it they are assumed to be at the requested rate. `size`
+                applies to images and frames that become world tokens; `do_pan_and_scan` and related options apply to
+                Gemma's tower. `world=False` or `vision=False` removes one modality from prompts and inputs: with
+                `world=False` they equal those of Gemma 3's processor.
 
         Returns:
             `input_ids`, `attention_mask`, and `pixel_values` or `world_latents`; `pixel_values_videos`
@@ -286,10 +289,10 @@ class TheWorldProcessor(ProcessorMixin):
 
         Raises:
             ImportError: If a video needs PyAV, which is not installed.
-            TypeError: If `text` is no text, or something among the images or videos is none.
-            ValueError: If images and `<world>`, or videos and `<world_video>`, differ in number, images come twice, or
-                one cannot be read; videos of one call differ in length, one has more tokens than the tokenizer's
-                `model_max_length`, or the tower, which reads no latents, would get them.
+            TypeError: If `text` is not a string or list of strings, or an item is not an image or a video.
+            ValueError: If the numbers of images and `<world>`, or of videos and `<world_video>`, differ; if images are
+                given in two forms, or one cannot be read; if the videos of one call differ in length or size, or one
+                has more tokens than the tokenizer's `model_max_length`; or if latents are given to Gemma's tower.
         """
         check_text(text)
         if world_latents is not None:
@@ -306,25 +309,25 @@ class TheWorldProcessor(ProcessorMixin):
         return inputs
 
     def _keep_one_bos(self, text: str | list[str] | None, kwargs: dict) -> tuple[str | list[str] | None, dict]:
-        """Prompts and options with which the tokenizer adds no BOS to a prompt that begins with one."""
+        """Changes prompts and options so that the tokenizer adds no BOS to a prompt that begins with one."""
         bos, prompts = self.tokenizer.bos_token, [text] if isinstance(text, str) else text or []
         text_kwargs = dict(kwargs.get("text_kwargs") or {})
         adds = kwargs.get("add_special_tokens", text_kwargs.pop("add_special_tokens", True))
         begun = [prompt.startswith(bos) for prompt in prompts if bos is not None]
         if not adds or not any(begun) or not self.tokenizer.num_special_tokens_to_add():
             return text, kwargs
-        if not all(begun):  # a batch has one switch for all: the others get theirs here
+        if not all(begun):  # the option is for the whole batch, so add it to the other prompts here
             text = [bos + prompt.removeprefix(bos) for prompt in prompts]
         return text, {**kwargs, "text_kwargs": text_kwargs, "add_special_tokens": False}
 
-    def apply_chat_template(self, conversation: list[dict] | list[list[dict]], *args, **kwargs):
+    def apply_chat_template(self, conversation: list[dict] | list[list[dict]], *args, **kwargs) -> Any:
         """
-        As transformers' own.
+        As in transformers.
 
         Raises:
-            ValueError: If the template does not take the conversation: it is empty, its turns do not alternate, a part
-                of a message has no type, a content or text is no text, or a text holds a token that stands for an
-                image or a video, which nobody who types in a chat is to write.
+            ValueError: If the template rejects the conversation: it is empty, its turns do not alternate, a part of a
+                message has no type, a content or text is not a string, or a text contains a placeholder of images or
+                videos, which users must not be able to type.
         """
         check_conversation(conversation)
         try:
@@ -332,52 +335,39 @@ class TheWorldProcessor(ProcessorMixin):
         except TemplateError as error:
             raise ValueError(str(error)) from error
 
-    def prepare_inputs_layout(
-        self,
-        images: ImageInput | None = None,
-        text: str | list[str] | None = None,
-        videos: VideoInput | None = None,
-        **kwargs,
-    ):
-        """As transformers' own, with the images as RGB, however they came, and the files of videos opened."""
+    def prepare_inputs_layout(self, images: Any = None, text: Any = None, videos: Any = None, *args, **kwargs):
+        """As in transformers, but converts images of any form to RGB, and opens the files of videos."""
         if images is not None and not kwargs.get("images_kwargs", {}).get("encoded"):
             images = read_images(images, kwargs.get("input_data_format"))
-        return super().prepare_inputs_layout(images=images, text=text, videos=open_videos(videos), **kwargs)
+        return super().prepare_inputs_layout(images, text, open_videos(videos), *args, **kwargs)
 
     def create_token_type_ids(self, input_ids):
-        """1 in the places of Gemma's own image tokens, as Gemma 3's processor; 2 in those of world tokens; else 0."""
+        """1 at placeholders of Gemma's own image tokens, as in Gemma 3; 2 at those of world tokens; 0 elsewhere."""
         if isinstance(input_ids, list):
             return [self.create_token_type_ids(torch.tensor(prompt)).tolist() for prompt in input_ids]
-        of_world = (input_ids == self.image_token_id) | (input_ids == self.video_token_id)
-        return 1 * (input_ids == self.tokenizer.image_token_id) + 2 * of_world
+        is_world = (input_ids == self.image_token_id) | (input_ids == self.video_token_id)
+        return VISION_TYPE * (input_ids == self.tokenizer.image_token_id) + WORLD_TYPE * is_world
 
-    def validate_inputs(
-        self,
-        images: ImageInput | None = None,
-        text: list[str] | None = None,
-        videos: VideoInput | None = None,
-        audio: None = None,
-        **kwargs,
-    ):
+    def validate_inputs(self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs):
         """Checks that every prompt has one `<world>` for each of its images, and `<world_video>` for each video."""
         if images is None and text is None and videos is None:
-            raise ValueError("Give `text`, `images` or `videos`; nothing came.")
+            raise ValueError("Give `text`, `images` or `videos`, got none of them.")
         if audio is not None:
             raise ValueError("TheWorld reads text, images and videos, got `audio`.")
         if videos is not None and self.video_token_id is None:
             raise ValueError(
-                f"Videos came, but this model's tokenizer has no `{self.video_token}`. Convert its sources again with "
+                f"Got videos, but this model's tokenizer has no `{self.video_token}`. Convert its sources again with "
                 "convert_weights.py."
             )
         if text is not None:
             by_prompt = [len(of_prompt) for of_prompt in images] if grouped_by_prompt(images) else None
-            self._check_places(text, self.image_token, "image", len(flatten_images(images)), by_prompt)
-            self._check_places(
+            self._check_placeholders(text, self.image_token, "image", len(flatten_images(images)), by_prompt)
+            self._check_placeholders(
                 text, self.video_token, "video", len(flatten_videos(videos)), count_videos_by_prompt(videos)
             )
 
-    def _check_places(self, text: list[str], token: str, kind: str, number: int, by_prompt: list[int] | None):
-        """Raises if the prompts have not one `token` for each image or video."""
+    def _check_placeholders(self, text: list[str], token: str, kind: str, number: int, by_prompt: list[int] | None):
+        """Raises a `ValueError` unless the prompts have one `token` for each image or video."""
         expected = [prompt.count(token) for prompt in text]
         if by_prompt is not None and by_prompt != expected:
             raise ValueError(
@@ -386,30 +376,30 @@ class TheWorldProcessor(ProcessorMixin):
             )
         if sum(expected) != number:
             raise ValueError(
-                f"The prompts have {sum(expected)} `{token}`, but {number} {kind}(s) came. Write one `{token}` in a "
-                f"prompt where each {kind} belongs."
+                f"The prompts have {sum(expected)} `{token}`, but {number} {kind}(s) are given. Write one `{token}` "
+                f"in a prompt for each {kind}."
             )
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        """The text that stands for one image: its world tokens' places between the start and end tokens."""
+        """The text that replaces an image's `<world>`: its placeholders between the start and end tokens."""
         if "pixel_values" in image_inputs:
             height, width = image_inputs["pixel_values"][image_idx].shape[-2:]
         else:
             height, width = (self.compression_ratio * side for side in image_inputs["world_latents"].shape[-2:])
-        return self._places(self.image_token, height, width)
+        return self._placeholders(self.image_token, height, width)
 
     def _process_images(
-        self, images: ImageInput, encoded: bool = False, world: bool = True, vision: bool | None = None, **kwargs
+        self, images: Any, encoded: bool = False, world: bool = True, vision: bool | None = None, **kwargs
     ) -> tuple[dict, list[str]]:
-        """The model's inputs for images, or for latents if they are `encoded`, and the text that stands for each."""
+        """The model's inputs for images, or for latents if they are `encoded`, and the text that replaces each."""
         images = flatten_images(images)
         for name in VISION_ONLY if self.vision_settings is None else ():
             if kwargs.get(name) is not None:
-                raise ValueError(f"`{name}` is for Gemma 3's own vision, which this model has not. Leave it out.")
+                raise ValueError(f"`{name}` needs a model with `vision_config`. Remove it.")
         if self.vision_settings is None and not world and images:
-            raise ValueError("`world=False` leaves nothing of an image where there is no vision. Leave the image out.")
+            raise ValueError("`world=False` with an image needs a model with `vision_config`. Remove the image.")
         vision = self.vision_settings is not None if vision is None else vision
-        nothing = {}, [""] * len(images)
+        nothing: tuple[dict, list[str]] = {}, [""] * len(images)
         if not images:
             return nothing
         process_world = self._process_latents if encoded else self._process_pixels
@@ -423,30 +413,30 @@ class TheWorldProcessor(ProcessorMixin):
         return inputs | more_inputs, [text + more for text, more in zip(texts, more_texts, strict=True)]
 
     def _process_pixels(self, images: list, **kwargs) -> tuple[dict, list[str]]:
-        """`pixel_values`, and the text that stands for each image's world tokens."""
+        """`pixel_values`, and the text that replaces each image's `<world>`."""
         check_areas(images, **kwargs)
         inputs, texts = super()._process_images(images, **kwargs)
-        if any(name in kwargs for name in SCALES):  # as they are, they give the right range
+        if any(name in kwargs for name in SCALES):  # the defaults give the right range
             check_range(inputs["pixel_values"])
         return dict(inputs), texts
 
     def _process_latents(self, images: list[torch.Tensor], **kwargs) -> tuple[dict, list[str]]:
-        """`world_latents`, and the text that stands for each image's world tokens."""
+        """`world_latents`, and the text that replaces each image's `<world>`."""
         inputs = {"world_latents": torch.stack(images)}
         return inputs, [self.replace_image_token(inputs, number) for number in range(len(images))]
 
     def _process_vision(self, images: list, encoded: bool, **kwargs) -> tuple[dict, list[str]]:
-        """`vision_pixel_values`, and the text that stands for each image and its crops in Gemma 3's prompts."""
+        """`vision_pixel_values`, and the text for each image and its crops, as in Gemma 3's prompts."""
         if self.vision_settings is None:
-            raise ValueError("`vision=True` asks for Gemma 3's own vision, which this model has not. Leave it out.")
+            raise ValueError("`vision=True` needs a model with `vision_config`. Remove it.")
         if encoded:
             raise ValueError(
-                "Gemma 3's tower reads no latents. Give `images`, or `vision=False` with `world_latents`."
+                "Gemma 3's tower does not read latents. Give `images`, or `vision=False` with `world_latents`."
             )
         image_processor = Gemma3ImageProcessorPil(**self.vision_settings)
         gemma = Gemma3Processor(image_processor, self.tokenizer, image_seq_length=self.vision_seq_length)
         inputs = image_processor(images, **kwargs)
-        texts = [gemma.replace_image_token(inputs, number) for number in range(len(images))]
+        texts = [gemma.replace_image_token(dict(inputs), number) for number in range(len(images))]
         return {"vision_pixel_values": inputs["pixel_values"]}, texts
 
     def _process_videos(
@@ -489,7 +479,7 @@ class TheWorldProcessor(ProcessorMixin):
                 "Give them one by one, cut them to one length, or read `num_frames` of each."
             )
         pixel_values = self._read_clips(clips, times, **kwargs)
-        places = self._places(self.video_token, *pixel_values.shape[-2:])
+        places = self._placeholders(self.video_token, *pixel_values.shape[-2:])
         texts = ["".join(time_stamp(time) + places for time in of_clip[::ratio]) for of_clip in times]
         return {"pixel_values_videos": pixel_values}, texts
 
@@ -511,7 +501,7 @@ class TheWorldProcessor(ProcessorMixin):
                     )
                 pixel_values[number, start : start + count] = pixels
                 start += count
-        return pixel_values
+        return pixel_values  # type: ignore[return-value]  # a call has a video, and a video a frame
 
     def _check_length(self, num_frames: int, height: int, width: int) -> None:
         """Raises if a video alone has more tokens than the tokenizer admits, where it says how many those are."""
@@ -523,37 +513,37 @@ class TheWorldProcessor(ProcessorMixin):
                 f"{limit}. Read fewer frames by `max_frames`, `num_frames` or `fps`."
             )
 
-    def _places(self, token: str, height: int, width: int) -> str:
-        """A `token` for each world token of `height` x `width` pixels, between the start and end tokens."""
+    def _placeholders(self, token: str, height: int, width: int) -> str:
+        """One `token` per world token of `height` x `width` pixels, between the start and end tokens."""
         return self.start_of_world_token + token * self._num_world_tokens(height, width) + self.end_of_world_token
 
     def _num_world_tokens(self, height: int, width: int) -> int:
-        """World tokens of an image of `height` x `width` pixels as the model gets it."""
+        """The number of world tokens of an image of `height` x `width` pixels, after resizing."""
         if self.image_seq_length is not None:
             fixed = (self.image_processor.size["height"], self.image_processor.size["width"])
             if (height, width) != fixed:
                 raise ValueError(
-                    f"This model has `token_layout='channel'`, built for images of {fixed[0]}x{fixed[1]} pixels, got "
-                    f"{height}x{width}. Leave `size` and `do_resize` as they are."
+                    f"With `token_layout='channel'` this model reads images of {fixed[0]}x{fixed[1]} pixels, got "
+                    f"{height}x{width}. Do not change `size` and `do_resize`."
                 )
             return self.image_seq_length
         if min(height, width) < self.patch_size or height % self.patch_size or width % self.patch_size:
             raise ValueError(
-                f"Image sides must be positive multiples of {self.patch_size} pixels, got {height}x{width}. Pass such "
-                "a `size={'height': ..., 'width': ...}`."
+                f"Image sides must be positive multiples of {self.patch_size} pixels, got {height}x{width}. Pass "
+                "multiples as `size={'height': ..., 'width': ...}`."
             )
         return (height // self.patch_size) * (width // self.patch_size)
 
     def _get_num_multimodal_tokens(self, image_sizes: list[tuple[int, int]] | None = None, **kwargs) -> MultiModalData:
         """
-        Counts the `<world>` places that images of the given sizes take; what vLLM plans with.
+        Counts the `<world>` placeholders of images of the given sizes, for vLLM's memory planning.
 
         Args:
             image_sizes: (height, width) of each image in pixels, before resizing.
-            kwargs: The image processor's, such as `size`.
+            kwargs: Options of the image processor, such as `size`.
 
         Returns:
-            `num_image_tokens` and `num_image_patches`, one entry an image.
+            `num_image_tokens` and `num_image_patches`, one entry per image.
         """
         if image_sizes is None:
             return MultiModalData()

@@ -1,37 +1,37 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
-"""What TheWorld refuses of tensors and texts, by checks that compile."""
+"""Checks of tensors and texts that raise clear errors and work under `torch.compile`."""
 
 import torch
 from transformers import Cache
 from transformers.utils import torch_compilable_check
 
 
-# A label that counts for nothing, as everywhere in transformers.
+# Label value ignored by the loss.
 IGNORE_INDEX = -100
 
 
 def check_floating(tensor: torch.Tensor, expected: str, remedy: str) -> None:
-    """Raises a `TypeError` unless it is a floating-point tensor; the arguments are the message's sentences."""
+    """Raises a `TypeError` unless `tensor` is floating point; `expected` and `remedy` are parts of the message."""
     if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
         raise TypeError(f"{expected}, got {getattr(tensor, 'dtype', type(tensor).__name__)}. {remedy}")
 
 
 def check_text(text: str | list[str] | None) -> None:
-    """Raises a `TypeError` unless a processor's text is a string or strings, and a `ValueError` if it is none."""
+    """Raises a `TypeError` unless `text` is None, a string or a list of strings, and a `ValueError` if it is empty."""
     prompts = [text or ""] if text is None or isinstance(text, str) else text
     if not isinstance(prompts, list | tuple) or not all(isinstance(each, str) for each in prompts):
         raise TypeError(f"`text` must be a string or a list of strings, got {type(text).__name__}: {text!r:.60}.")
     if not prompts:
-        raise ValueError("`text` is an empty list. Give a prompt or more.")
+        raise ValueError("`text` is an empty list. Give at least one prompt.")
 
 
 def check_conversation(conversation: list[dict] | list[list[dict]]) -> None:
-    """Raises a `ValueError` for what transformers reads before the chat template could refuse it."""
+    """Raises a `ValueError` for conversations on which transformers fails before the chat template can reject them."""
     batched = isinstance(conversation, list | tuple) and conversation and isinstance(conversation[0], list | tuple)
     for messages in conversation if batched else [conversation]:
         if not messages or isinstance(messages, str | dict):
             raise ValueError(
-                "A conversation must be a list of one message or more, {'role': ..., 'content': ...}, got "
+                "A conversation must be a list of at least one message, {'role': ..., 'content': ...}, got "
                 f"{messages!r:.60}."
             )
         for message in messages if isinstance(messages, list | tuple) else []:
@@ -54,47 +54,49 @@ def check_prompts(
     vocab_size: int,
 ) -> None:
     """
-    Checks what a forward reads beside images. Ids are looked at in prompts only: at a token that goes on from a cache,
-    each step of an answer would make a GPU wait.
+    Checks the inputs of `forward` other than images and videos.
+
+    Ids are range-checked at prefill only: checking each decoded token would force a GPU sync.
 
     Raises:
         TypeError: If the ids are not integers.
-        ValueError: If there are ids and embeddings, or neither; if ids are outside the vocabulary; if a mask
+        ValueError: If both or neither of ids and embeddings are given; if ids are outside the vocabulary; if a mask
             [batch, tokens so far] does not cover the prompts [batch, S].
     """
-    if (input_ids is None) == (inputs_embeds is None):
+    prompts = inputs_embeds if input_ids is None else input_ids
+    if prompts is None or (input_ids is not None and inputs_embeds is not None):
         raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
     if input_ids is not None:
         check_ids_shape(input_ids, "input_ids")
         if cache is None or input_ids.shape[1] > 1:
             check_ids_range(input_ids, vocab_size, "input_ids")
-    batch, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+    batch, length = prompts.shape[:2]
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
         rows, columns = attention_mask.shape
         if rows != batch or columns < length:
             raise ValueError(
-                f"`attention_mask` must cover the prompts, {[batch, length]}, and what the cache holds, got "
+                f"`attention_mask` must cover the prompts, {[batch, length]}, and the tokens in the cache, got "
                 f"{[rows, columns]}. The processor returns both together."
             )
 
 
 def check_generation_inputs(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, vocab_size: int) -> None:
-    """Raises a `ValueError` if prompts to answer [batch, S] have ids outside the vocabulary, or end in padding."""
-    if input_ids.numel():  # not embeddings
+    """Raises a `ValueError` if prompts [batch, S] for `generate` have unknown ids, or end in padding."""
+    if input_ids.numel():  # else the prompts are embeddings
         check_ids_range(input_ids, vocab_size, "input_ids")
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
         torch_compilable_check(
             attention_mask[:, -1:].all(),
-            "To be answered, prompts must be padded on the left, but some end in padding. The processor does it, "
-            "unless told otherwise by `padding_side`.",
+            "`generate` needs left padding, but some prompts end in padding. The processor pads on the left unless "
+            "`padding_side` says otherwise.",
         )
 
 
 def check_context(length: int, context: int) -> None:
-    """Raises a `ValueError` if a prompt of `length` tokens leaves no room for an answer."""
+    """Raises a `ValueError` if a prompt of `length` tokens leaves no room in the context for an answer."""
     if length >= context:
         raise ValueError(
-            f"The prompt has {length} tokens, and with an answer the model reads {context}. Ask less at once, give "
+            f"The prompt has {length} tokens, and with an answer the model reads {context}. Shorten the prompt, give "
             "fewer or smaller images, or, if its rope is scaled, raise `max_position_embeddings`."
         )
 
@@ -105,7 +107,7 @@ def check_labels(labels: torch.Tensor, logits: torch.Tensor) -> None:
     if labels.shape != logits.shape[:2]:
         raise ValueError(
             f"`labels` must be {list(logits.shape[:2])}, one for each position that has logits, got "
-            f"{list(labels.shape)}. Leave `logits_to_keep` out in training."
+            f"{list(labels.shape)}. Do not pass `logits_to_keep` in training."
         )
     check_ids_range(labels, logits.shape[-1], "labels", ignored=IGNORE_INDEX)
 
@@ -117,12 +119,12 @@ def check_ids_shape(ids: torch.Tensor, name: str) -> None:
         raise TypeError(f"`{name}` must be an int64 tensor of token ids, got {found}. Pass return_tensors='pt'.")
     if ids.ndim != 2 or 0 in ids.shape:
         raise ValueError(
-            f"`{name}` must be [batch, S] with one token or more, got {list(ids.shape)}. For one prompt, batch is 1."
+            f"`{name}` must be [batch, S] with at least one token, got {list(ids.shape)}. For one prompt, batch is 1."
         )
 
 
 def check_ids_range(ids: torch.Tensor, vocab_size: int, name: str, ignored: int | None = None) -> None:
-    """Raises a `ValueError` for ids outside the vocabulary, but for `ignored`; a GPU would end the process."""
+    """Raises a `ValueError` for ids outside the vocabulary other than `ignored`, which would crash CUDA."""
     inside = (ids >= 0) & (ids < vocab_size)
     if ignored is not None:
         inside = inside | (ids == ignored)
@@ -137,13 +139,13 @@ def check_ids_range(ids: torch.Tensor, vocab_size: int, name: str, ignored: int 
 
 def check_latents(latents: torch.Tensor) -> None:
     """
-    Checks latents, which may have been computed elsewhere, of any shape.
+    Checks latents of any shape.
 
     Raises:
-        TypeError: If they are no floating-point tensor.
-        ValueError: If some are NaN or infinite.
+        TypeError: If they are not a floating-point tensor.
+        ValueError: If some values are NaN or infinite.
     """
-    check_floating(latents, "`world_latents` must be a floating-point tensor", "`get_world_latents` returns it so.")
+    check_floating(latents, "`world_latents` must be a floating-point tensor", "`get_world_latents` returns one.")
     torch_compilable_check(
         latents.isfinite().all(),
         "`world_latents` must be finite, but some are NaN or infinite. Encode the images again.",

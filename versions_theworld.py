@@ -1,8 +1,8 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
 """
-The one place that knows how versions of transformers and diffusers differ.
+Checks library versions on import, and hides the differences between versions of transformers.
 
-All other files are written for the newest. Importing this one checks the versions that are installed.
+All other files are written for the newest version.
 """
 
 import inspect
@@ -14,7 +14,7 @@ from importlib.metadata import version
 from packaging.version import Version
 
 
-# The oldest and the newest version that the tests run on.
+# The oldest and the newest version that the tests run with.
 TESTED = {"transformers": ("5.17", "5.24"), "diffusers": ("0.36", "0.42")}
 # transformers 5.24 renamed the argument and output `past_key_values`; it accepts the old name until 5.40.
 OLD_CACHE_NAME = "past_key_values"
@@ -25,8 +25,8 @@ def check_versions() -> None:
     """
     Compares the installed versions with `TESTED`.
 
-    Warns about a newer version, which usually works. Raises an ImportError for an older one: it lacks what TheWorld
-    imports, or computes other numbers (transformers before 5.16 scales embeddings twice).
+    Warns about newer versions, which usually work. Raises an ImportError for older ones: they lack what TheWorld
+    imports, or give different numbers (transformers before 5.16 scales embeddings twice).
     """
     for package, (oldest, newest) in TESTED.items():
         installed = Version(version(package))
@@ -44,7 +44,7 @@ from transformers.utils.deprecation import deprecate_kwarg  # noqa: E402
 
 
 def takes_cache(function: Callable) -> Callable:
-    """A function of transformers that takes `cache`; on older versions, under the name it has there."""
+    """Lets a function of transformers take `cache` on older versions too, where it has the old name."""
     if CACHE_NAME == "cache":
         return function
 
@@ -57,9 +57,9 @@ def takes_cache(function: Callable) -> Callable:
 
 def accepts_past_key_values(method: Callable) -> Callable:
     """
-    A method with an argument `cache` that also accepts it as `past_key_values`.
+    Lets a method with an argument `cache` also accept it as `past_key_values`.
 
-    On older versions `generate` passes `past_key_values`, and looks for it in the signature.
+    On older versions `generate` passes `past_key_values` and looks for it in the signature.
     """
     if CACHE_NAME == "cache":
         return deprecate_kwarg(OLD_CACHE_NAME, version="5.40.0", new_name="cache")(method)
@@ -74,7 +74,7 @@ def accepts_past_key_values(method: Callable) -> Callable:
         return method(*args, **kwargs)
 
     parameters = signature.parameters.values()
-    renamed.__signature__ = signature.replace(
+    renamed.__signature__ = signature.replace(  # type: ignore[attr-defined] # `inspect.signature` reads it
         parameters=[each.replace(name=OLD_CACHE_NAME) if each.name == "cache" else each for each in parameters]
     )
     return renamed

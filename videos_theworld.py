@@ -7,7 +7,7 @@ A file is decoded a frame at a time, by PIL if it is an animation, else by PyAV.
 
 import os
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from io import BytesIO
@@ -105,7 +105,7 @@ def is_animation(item: Any) -> bool:
     """Whether `item` is an image of PIL's with several frames that follow each other in time."""
     try:
         return getattr(item, "format", None) in ANIMATIONS and item.n_frames > 1
-    except Exception:  # damaged, where Pillow counts them; `begins_of_animation` says after which
+    except Exception:  # a damaged file: Pillow fails while it counts frames; `begins_of_animation` reports after which
         return True
 
 
@@ -128,7 +128,7 @@ def is_video(item: Any) -> bool:
 
 
 def open_videos(videos: Any) -> Any:
-    """`open_file` of each path and URL, in lists as they came; what else came stays as it is."""
+    """`open_file` of each path and URL, in the same nesting; other videos are returned unchanged."""
     if isinstance(videos, list | tuple):
         return [open_videos(video) for video in videos]
     return open_file(os.fspath(videos)) if isinstance(videos, str | os.PathLike) else videos
@@ -182,7 +182,7 @@ def count_videos_by_prompt(videos: Any) -> list[int] | None:
     return [len(flatten_videos(entry)) for entry in entries]
 
 
-def flatten_metadata(metadata: VideoMetadataType | None, num_videos: int) -> list[Mapping]:
+def flatten_metadata(metadata: VideoMetadataType | None, num_videos: int) -> Sequence[Mapping]:
     """
     What is known of each video: the same of all if `metadata` is not a list.
 

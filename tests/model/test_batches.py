@@ -1,4 +1,4 @@
-"""Pins, for any number, order and size of images in a batch, that each image's tokens land in its own prompt."""
+"""Tests that each image's tokens land in its own prompt, for any number, order and size of images in a batch."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from PIL import Image
 from theworld import TheWorldForConditionalGeneration, TheWorldProcessor
 
 
-# The words around the images of a prompt: one more than it has images. Colours stand for images.
+# The words around the images of a prompt, one more than it has images. Each image has one color.
 WORDS = st.text("abc ", max_size=4)
 COLOURS = st.tuples(*[st.integers(0, 255)] * 3)
 PROMPTS = st.lists(
@@ -61,8 +61,8 @@ def test_each_images_tokens_land_in_its_own_prompt(loaded, prompts, height, widt
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(prompts=PROMPTS, data=st.data())
 @torch.no_grad()
-def test_a_place_exchanged_with_any_other_token_is_refused(loaded, prompts, data):
-    """Their number stays right, so that only where they are tells; neighbours of the same image may change places."""
+def test_a_moved_placeholder_is_rejected(loaded, prompts, data):
+    """The number of placeholders stays right, so only their positions reveal the error."""
     model, processor = loaded
     inputs, images = make_batch(processor, prompts, grouped=True, size={"height": 16, "width": 16})
     places = inputs["input_ids"] == processor.image_token_id
@@ -74,5 +74,5 @@ def test_a_place_exchanged_with_any_other_token_is_refused(loaded, prompts, data
     other = data.draw(st.sampled_from((~places).nonzero().tolist()))
     ids = inputs["input_ids"]
     ids[tuple(one)], ids[tuple(other)] = ids[tuple(other)].clone(), ids[tuple(one)].clone()
-    with pytest.raises(ValueError, match="4 `<world>` places must be in one prompt"):
+    with pytest.raises(ValueError, match="4 `<world>` placeholders must be in one prompt"):
         model(**inputs)

@@ -1,15 +1,9 @@
-"""Tests that neither what is typed in a chat nor a client's option writes a token that stands for a picture."""
-
-from pathlib import Path
+"""Tests that neither text typed in a chat nor a client's option can write a placeholder."""
 
 import jinja2.meta
 import pytest
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from theworld import TheWorldProcessor
-
-
-ROOT = Path(__file__).parents[2]
 
 IMAGE = {"type": "image"}
 SPLIT = {
@@ -20,11 +14,6 @@ SPLIT = {
     "three parts of a start": ["<start", "_of_", "world>"],
     "three parts of Gemma 3's": ["a<", "image_soft_token", ">b"],
 }
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return TheWorldProcessor.from_pretrained(ROOT)
 
 
 def texts(*parts: str) -> list[dict]:
@@ -40,36 +29,36 @@ def conversation(role: str, content: list[dict]) -> list[dict]:
 
 @pytest.mark.parametrize("role", ["system", "user", "assistant"])
 @pytest.mark.parametrize("parts", SPLIT.values(), ids=SPLIT)
-def test_a_placeholder_split_over_texts_is_refused(processor, role, parts):
+def test_a_placeholder_split_over_texts_is_rejected(bundled_processor, role, parts):
     with pytest.raises(ValueError, match="A message's text holds <.*>, which stands for an image or a video"):
-        processor.apply_chat_template(conversation(role, texts(*parts)))
+        bundled_processor.apply_chat_template(conversation(role, texts(*parts)))
 
 
-def test_texts_around_an_image_are_not_joined(processor):
+def test_texts_around_an_image_are_not_joined(bundled_processor):
     content = [*texts("<wor"), IMAGE, *texts("ld>", "?")]
-    prompt = processor.apply_chat_template([{"role": "user", "content": content}])
+    prompt = bundled_processor.apply_chat_template([{"role": "user", "content": content}])
     assert prompt == "<bos><start_of_turn>user\n<wor<world>ld>?<end_of_turn>\n"
 
 
-def test_system_and_user_are_not_joined(processor):
+def test_system_and_user_are_not_joined(bundled_processor):
     messages = [{"role": "system", "content": "<wor"}, {"role": "user", "content": "ld>"}]
-    assert processor.apply_chat_template(messages) == "<bos><start_of_turn>user\n<wor\n\nld><end_of_turn>\n"
+    assert bundled_processor.apply_chat_template(messages) == "<bos><start_of_turn>user\n<wor\n\nld><end_of_turn>\n"
 
 
-def test_texts_that_are_lists_are_refused(processor):
+def test_texts_that_are_lists_are_rejected(bundled_processor):
     with pytest.raises(ValueError, match="must have a `text`, a string, got"):
-        processor.apply_chat_template([{"role": "user", "content": [{"type": "text", "text": ["a<world>"]}]}])
+        bundled_processor.apply_chat_template([{"role": "user", "content": [{"type": "text", "text": ["a<world>"]}]}])
 
 
-def test_the_template_reads_no_variable_of_a_client(processor):
-    """A server hands a client's `chat_template_kwargs` to the template, even in place of its own functions."""
-    environment = _compile_jinja_template(processor.chat_template).environment
-    read = jinja2.meta.find_undeclared_variables(environment.parse(processor.chat_template))
+def test_the_template_reads_no_variable_of_a_client(bundled_processor):
+    """A server passes a client's `chat_template_kwargs` to the template, where they can replace its functions."""
+    environment = _compile_jinja_template(bundled_processor.chat_template).environment
+    read = jinja2.meta.find_undeclared_variables(environment.parse(bundled_processor.chat_template))
     assert read == {"messages", "add_generation_prompt"}
     typed = [{"role": "user", "content": "<world>"}]
     for function in ("raise_exception", "namespace"):
         with pytest.raises(TypeError, match="not callable"):
-            processor.tokenizer.apply_chat_template(typed, **{function: "<world>"})
+            bundled_processor.tokenizer.apply_chat_template(typed, **{function: "<world>"})
     asked = [{"role": "user", "content": "?"}]
-    prompt = processor.tokenizer.apply_chat_template(asked, tokenize=False, bos_token="<world>")
+    prompt = bundled_processor.tokenizer.apply_chat_template(asked, tokenize=False, bos_token="<world>")
     assert prompt == "<bos><start_of_turn>user\n?<end_of_turn>\n"

@@ -1,4 +1,4 @@
-"""Pins that pictures with an ICC profile are read in the colors that a viewer shows, and others as they are."""
+"""Tests that images with an ICC profile are converted to sRGB, and that others are unchanged."""
 
 import struct
 from io import BytesIO

@@ -1,4 +1,4 @@
-"""Pins the configuration's defaults, what it derives, and what it refuses."""
+"""Tests the configuration's defaults, what it derives, and what it rejects."""
 
 import doctest
 import importlib
@@ -75,7 +75,7 @@ def test_gemma_families_keep_their_own_tying():
 
 CONTRADICTIONS = {
     "another text model": ({"text_config": {"model_type": "llama"}}, "must be a Gemma text model.*got 'llama'"),
-    "the multimodal Gemma 3": ({"text_config": Gemma3Config()}, "got 'gemma3'. Give its own `text_config`"),
+    "the multimodal Gemma 3": ({"text_config": Gemma3Config()}, "got 'gemma3'. Pass its `text_config`"),
     "no merge": ({"latent_merge_size": 0}, "`latent_merge_size` must be 1 or more, got 0"),
     "merged channels": (
         {"token_layout": "channel", "image_size": 64, "latent_merge_size": 2},
@@ -94,10 +94,10 @@ CONTRADICTIONS = {
     "an unknown projector": ({"projector_type": "conv"}, "projector_type"),
     "equal token ids": (
         {"image_token_id": 8},
-        r"different ids below the vocabulary's 256000, got \{'image_token_id': 8, 'start_of_world_token_id': 8",
+        r"different and below the vocabulary size 256000, got \{'image_token_id': 8, 'start_of_world_token_id': 8",
     ),
-    "a token id outside": ({"image_token_id": 256_000}, "different ids below"),
-    "a video token id that is an image's": ({"video_token_id": 7}, "different ids .* 'video_token_id': 7"),
+    "a token id outside": ({"image_token_id": 256_000}, "different and below the vocabulary size"),
+    "a video token id that is an image's": ({"video_token_id": 7}, "different and below .* 'video_token_id': 7"),
     "statistics of another width": ({"world_config": {"z_dim": 4}}, "each of the latent channels, z_dim=4, got 16"),
     "halvings of another depth": (
         {"world_config": {"dim_mult": [1, 2]}},
@@ -110,6 +110,6 @@ CONTRADICTIONS = {
 
 
 @pytest.mark.parametrize(("fields", "message"), CONTRADICTIONS.values(), ids=CONTRADICTIONS)
-def test_contradictions_are_refused(fields, message):
+def test_contradictions_are_rejected(fields, message):
     with pytest.raises((StrictDataclassError, ValueError), match=message):
         TheWorldConfig(**fields)

@@ -1,22 +1,19 @@
-"""Tests that a conversation the chat template cannot read is refused in one sentence, on every route."""
-
-from pathlib import Path
+"""Tests that a conversation the chat template cannot read is rejected in one sentence, on every route."""
 
 import pytest
 from jinja2 import TemplateError
-from transformers import AutoProcessor, pipeline
+from transformers import pipeline
 
-
-ROOT = Path(__file__).parents[2]
+from tests.helpers import ROOT
 
 
 def user(content) -> list[dict]:
     return [{"role": "user", "content": content}]
 
 
-# What people hand in, what the message says, and whether a tokenizer by itself gets as far as the template.
+# The content, the message, and whether a tokenizer without the processor reaches the template.
 UNREADABLE = {
-    "no messages": ([], "A conversation must .* one message or more, .*got", False),
+    "no messages": ([], "A conversation must .* at least one message, .*got", False),
     "a string": ("What is it?", "A conversation must be a list .* got 'What is it\\?'", False),
     "one message": (user("What is it?")[0], "A conversation must be a list .* got {'role'", False),
     "a list of strings": (["What is it?"], "A message must be {'role': .* got 'What is it\\?'", False),
@@ -42,16 +39,11 @@ UNREADABLE = {
 }
 
 
-@pytest.fixture(scope="module")
-def processor():
-    return AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
-
-
 @pytest.mark.parametrize("tokenize", [True, False])
 @pytest.mark.parametrize(("conversation", "message", "_"), UNREADABLE.values(), ids=UNREADABLE)
-def test_the_processor_says_what_it_cannot_read(processor, conversation, message, _, tokenize):
+def test_the_processor_says_what_it_cannot_read(bundled_processor, conversation, message, _, tokenize):
     with pytest.raises(ValueError, match=message) as error:
-        processor.apply_chat_template(conversation, tokenize=tokenize, return_dict=tokenize)
+        bundled_processor.apply_chat_template(conversation, tokenize=tokenize, return_dict=tokenize)
     assert str(error.value).count(". ") == 0 and "\n" not in str(error.value)
 
 
@@ -60,22 +52,24 @@ def test_the_processor_says_what_it_cannot_read(processor, conversation, message
     [row[:2] for row in UNREADABLE.values() if row[2]],
     ids=[name for name, row in UNREADABLE.items() if row[2]],
 )
-def test_the_tokenizer_says_the_same(processor, conversation, message):
+def test_the_tokenizer_says_the_same(bundled_processor, conversation, message):
     with pytest.raises(TemplateError, match=message):
-        processor.tokenizer.apply_chat_template(conversation, chat_template=processor.chat_template, tokenize=True)
+        bundled_processor.tokenizer.apply_chat_template(
+            conversation, chat_template=bundled_processor.chat_template, tokenize=True
+        )
 
 
-def test_no_pipeline_answers_an_empty_turn():
+def test_a_pipeline_rejects_an_empty_turn():
     pipe = pipeline("image-text-to-text", model=str(ROOT), trust_remote_code=True)
     for conversation in (user(None), user([{"type": "text", "text": None}])):
         with pytest.raises(ValueError, match="content must be a text|must have a `text`"):
             pipe(text=conversation, max_new_tokens=2)
 
 
-def test_a_conversation_without_faults_is_as_it_was(processor):
+def test_a_readable_conversation_is_rendered_unchanged(bundled_processor):
     parts = [{"type": "image"}, {"type": "text", "text": " What is it? "}, {"type": "video"}]
     messages = [{"role": "system", "content": "Be brief."}, *user(parts), {"role": "assistant", "content": ""}]
-    assert processor.apply_chat_template(messages) == (
+    assert bundled_processor.apply_chat_template(messages) == (
         "<bos><start_of_turn>user\nBe brief.\n\n<world>What is it?<world_video><end_of_turn>\n"
         "<start_of_turn>model\n<end_of_turn>\n"
     )

@@ -2,42 +2,26 @@
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import chat
 from transformers import AutoModel, AutoProcessor, set_seed
 
 from tests.helpers.fresh import load_fresh
+from tests.helpers.generation import THREADS, answer, chat
 from theworld.evaluation.scenes import SPLITS, draw_scene
 
 
-ROOT = Path(__file__).parents[2]
-THREADS = 16
-
-
 @pytest.fixture(scope="module")
-def bundled():
-    model = AutoModel.from_pretrained(ROOT, trust_remote_code=True).eval()
-    return model, AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
+def bundled(bundled_model, bundled_processor):
+    return bundled_model, bundled_processor
 
 
 @pytest.fixture(scope="module")
 def asked() -> list[tuple]:
-    """Pictures and questions: all of four scenes."""
+    """All questions of four scenes, with their pictures."""
     scenes = [draw_scene(seed) for seed in SPLITS["test"][:4]]
     return [(scene.image, question.text) for scene in scenes for question in scene.questions]
-
-
-def answer(model, processor, *asked: tuple, **options) -> list[str]:
-    """The greedy answers to a batch of pictures and questions, or with other `options` of `generate`."""
-    prompts = [f"<start_of_turn>user\n<world>{text}<end_of_turn>\n<start_of_turn>model\n" for _, text in asked]
-    images = [[image] for image, _ in asked]
-    inputs = processor(text=prompts, images=images, padding=True, return_tensors="pt")
-    with torch.no_grad():
-        output = model.generate(**inputs, **{"max_new_tokens": 8, "do_sample": False, **options})
-    return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +29,11 @@ def alone(bundled, asked) -> list[str]:
     return [answer(*bundled, each)[0] for each in asked]
 
 
-def test_the_questions_have_answers_that_differ(alone):
+def test_the_answers_differ_from_each_other(alone):
     assert len(alone) > 20 and len(set(alone)) > 8
 
 
-def test_threads_that_share_a_model_get_the_answers_of_one(bundled, asked, alone):
+def test_threads_sharing_a_model_get_equal_answers(bundled, asked, alone):
     with ThreadPoolExecutor(THREADS) as pool:
         assert list(pool.map(lambda each: answer(*bundled, each)[0], asked)) == alone
 
@@ -73,7 +57,7 @@ def process(processor, picture, question: str, options: dict) -> dict[str, torch
     return processor(text=texts, images=[[picture], [picture]], **options)
 
 
-def test_threads_that_share_a_processor_get_the_inputs_of_one(bundled, asked):
+def test_threads_sharing_a_processor_get_equal_inputs(bundled, asked):
     _, processor = bundled
     work = [(*each, CALLS[number % len(CALLS)]) for number, each in enumerate(asked * 20)]
     alone = [process(processor, *each) for each in work]
@@ -86,7 +70,7 @@ def test_threads_that_share_a_processor_get_the_inputs_of_one(bundled, asked):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("options", CALLS)
-def test_prompts_are_cut_and_padded_as_by_the_tokenizer(bundled, side, options):
+def test_truncation_and_padding_equal_the_tokenizers(bundled, side, options):
     _, processor = bundled
     tokenizer = copy.deepcopy(processor.tokenizer)
     texts = ["What is it?", "Where is the blue circle from the star?"]
@@ -98,7 +82,7 @@ def test_prompts_are_cut_and_padded_as_by_the_tokenizer(bundled, side, options):
 
 
 @pytest.mark.parametrize("size", [2, 5, 16])
-def test_a_batch_has_the_answers_of_its_prompts_alone(bundled, asked, alone, size):
+def test_a_batch_has_the_answers_of_single_prompts(bundled, asked, alone, size):
     batches = [asked[start : start + size] for start in range(0, len(asked), size)]
     assert [text for batch in batches for text in answer(*bundled, *batch)] == alone
 
@@ -135,7 +119,7 @@ def test_kernels_of_attention_give_the_same_answers(convert, family, attention, 
     assert torch.equal(*tokens)
 
 
-def test_a_saved_model_has_the_answers_of_the_one_in_memory(bundled, asked, alone, tmp_path):
+def test_a_saved_model_has_the_same_answers(bundled, asked, alone, tmp_path):
     model, processor = bundled
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)

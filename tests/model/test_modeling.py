@@ -1,9 +1,7 @@
-"""Pins what the model computes: Gemma untouched without an image, and with one, answers that depend on it."""
+"""Tests what the model computes: Gemma unchanged without an image, and answers that depend on the image with one."""
 
-import functools
 import inspect
 import warnings
-from contextlib import contextmanager
 from copy import deepcopy
 from unittest import mock
 
@@ -14,19 +12,19 @@ from packaging import version
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, set_seed
 
 from tests.helpers.checkpoints import TEXT_CONFIGS, VAE_FIELDS
+from tests.helpers.modeling import (
+    FLOAT32_TOLERANCE,
+    QUESTION,
+    check_compiled_decoding,
+    check_compiled_model,
+    gemmas_inputs,
+    generate,
+    logits_of,
+    pictures,
+    without_images,
+)
 from theworld import TheWorldConfig, TheWorldForConditionalGeneration
 from theworld.versions_theworld import CACHE_NAME
-
-
-FLOAT32_TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
-
-QUESTION = "what is in the picture?"
-
-
-def pictures(count: int, size: int = 64, seed: int = 0) -> torch.Tensor:
-    """Random pictures [count, 3, size, size] of bytes."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
 
 
 @pytest.fixture
@@ -41,30 +39,14 @@ def inputs(processor):
     )
 
 
-def without_images(inputs) -> dict:
-    return {name: tensor for name, tensor in inputs.items() if name != "pixel_values"}
-
-
 def without_masks(inputs) -> dict:
     """Inputs of one prompt, whose mask and token types follow from its ids."""
     return {name: tensor for name, tensor in inputs.items() if name not in ("attention_mask", "token_type_ids")}
 
 
-def generate(model, inputs, **options) -> torch.Tensor:
-    """The new tokens of a greedy answer, up to 8 a prompt."""
-    with torch.no_grad():
-        output = model.generate(**inputs, max_new_tokens=8, do_sample=False, **options)
-    return output[:, inputs["input_ids"].shape[1] :]
-
-
-def logits_of(model, inputs, **options) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**inputs, **options).logits
-
-
 @pytest.mark.parametrize("family", TEXT_CONFIGS)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_without_images_logits_are_those_of_gemma_bit_for_bit(sources, convert, family, attention):
+def test_logits_without_images_equal_gemmas_bit_for_bit(sources, convert, family, attention):
     if (family, attention) == ("gemma2", "sdpa"):
         pytest.skip("Gemma 2 has no sdpa attention in transformers 5.20 and later.")
     gemma = AutoModelForCausalLM.from_pretrained(sources / family, attn_implementation=attention).eval()
@@ -80,18 +62,7 @@ def test_without_images_logits_are_those_of_gemma_bit_for_bit(sources, convert, 
     assert torch.equal(logits_of(model, batch), logits_of(model, embedded))
 
 
-@contextmanager
-def gemmas_inputs(model):
-    """Collects the `inputs_embeds` of each call of Gemma."""
-    seen = []
-    hook = model.model.language_model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
-    )
-    yield seen
-    hook.remove()
-
-
-def test_gemma_scales_its_embeddings_once_and_world_tokens_not_at_all(model, processor):
+def test_embeddings_are_scaled_once_and_world_tokens_never(model, processor):
     embed = model.get_input_embeddings()
     scale = model.config.text_config.hidden_size**0.5
     torch.testing.assert_close(embed(torch.tensor([30])), embed.weight[30:31] * scale)
@@ -103,8 +74,8 @@ def test_gemma_scales_its_embeddings_once_and_world_tokens_not_at_all(model, pro
 
 
 @torch.no_grad()
-def test_logits_equal_those_of_gemma_on_the_same_embeddings(sources, model, checkpoint, inputs):
-    """The whole path by hand: encode, project, put in place, run Gemma's own class."""
+def test_logits_equal_gemmas_on_the_same_embeddings(sources, model, checkpoint, inputs):
+    """The whole path by hand: encode, project, merge, run Gemma's own class."""
     family = model.config.text_config.model_type
     gemma = AutoModelForCausalLM.from_pretrained(sources / family).eval()
     embeds = gemma.get_input_embeddings()(inputs["input_ids"])
@@ -132,7 +103,7 @@ def test_removing_the_image_changes_the_answers_logits(model, processor):
     assert (last[0] - last[1]).abs().max() > 1e-3
 
 
-def test_every_image_of_a_batch_reaches_its_own_prompt_and_no_other(model, inputs):
+def test_every_image_reaches_only_its_own_prompt(model, inputs):
     """The predecessor used a batch's first match only. Images 0 and 1 are prompt 0's, image 2 is prompt 2's."""
     before = logits_of(model, inputs, logits_to_keep=1)
     for image, owner in enumerate([0, 0, 2]):
@@ -166,20 +137,8 @@ def test_a_static_cache_gives_the_same_answer(model, inputs):
     assert torch.equal(generate(model, inputs), static)
 
 
-def test_decoding_compiles_whole_and_gives_the_same_answer(model, inputs):
-    expected = generate(model, inputs)
-    decode = torch.compile(model.forward, fullgraph=True, backend="eager")
-    forward, compiled = model.forward, []
-
-    def compile_single_tokens(*args, **kwargs):
-        if kwargs["input_ids"].shape[1] > 1:
-            return forward(*args, **kwargs)
-        compiled.append(True)
-        return decode(*args, **kwargs)
-
-    with mock.patch.object(model, "forward", functools.wraps(forward)(compile_single_tokens)):
-        answer = generate(model, inputs, cache_implementation="static", disable_compile=True)
-    assert torch.equal(answer, expected) and len(compiled) == expected.shape[1] - 1
+def test_compiled_decoding_gives_the_same_answer(model, inputs):
+    check_compiled_decoding(model, inputs)
 
 
 @pytest.mark.parametrize("checkpoint", ["gemma2", "gemma3_text"], indirect=True)
@@ -194,7 +153,7 @@ def test_sliding_layers_keep_no_more_than_their_window(model, inputs):
         assert kept < window if kind == "sliding_attention" else kept > 2 * window
 
 
-def test_a_prompt_is_read_for_one_position_of_logits(model, inputs):
+def test_generation_computes_logits_at_one_position(model, inputs):
     positions = []
     hook = model.lm_head.register_forward_hook(lambda module, args, logits: positions.append(logits.shape[1]))
     generate(model, inputs)
@@ -202,8 +161,8 @@ def test_a_prompt_is_read_for_one_position_of_logits(model, inputs):
     assert set(positions) == {1}
 
 
-def test_a_second_question_goes_on_from_the_first_ones_cache(model, processor):
-    """The images that the cache holds are neither encoded nor given again."""
+def test_a_second_question_reuses_the_cache(model, processor):
+    """Images in the cache are neither encoded nor passed again."""
     first = processor(text=f"<world>{QUESTION}", images=pictures(1)[0], return_tensors="pt")
     cache = DynamicCache(config=model.config.text_config)
     answered = torch.cat([first["input_ids"], generate(model, first, **{CACHE_NAME: cache})], dim=1)
@@ -249,11 +208,11 @@ def test_prompt_lookup_gives_the_same_answer(model, processor):
     assert torch.equal(drafted, generate(model, batch))
 
 
-def test_chunked_prefill_gives_the_same_answer_or_says_that_it_cannot(model, inputs):
+def test_chunked_prefill_gives_the_same_answer_or_fails(model, inputs):
     if version.parse(transformers.__version__) >= version.parse("5.23"):
         assert torch.equal(generate(model, inputs, prefill_chunk_size=50), generate(model, inputs))
     else:
-        with pytest.raises(ValueError, match="`<world>` places"):
+        with pytest.raises(ValueError, match="`<world>` placeholders"):
             generate(model, inputs, prefill_chunk_size=50)
 
 
@@ -266,7 +225,7 @@ def test_eager_and_sdpa_agree_on_images(checkpoint, inputs):
     torch.testing.assert_close(logits_of(eager, inputs)[real], logits_of(default, inputs)[real], **FLOAT32_TOLERANCE)
 
 
-def test_precomputed_latents_stand_in_for_pixels(model, inputs):
+def test_precomputed_latents_replace_pixels(model, inputs):
     latents = model.get_world_latents(inputs["pixel_values"])
     assert latents.shape == (3, 16, 8, 8)
     prompts = without_images(inputs)
@@ -277,8 +236,8 @@ def test_precomputed_latents_stand_in_for_pixels(model, inputs):
         )
 
 
-def test_beams_keep_the_images_of_a_prompt_together(model, inputs):
-    """Every beam's prompt holds what its prompt holds without beams; prompt 0 has two images, in this order."""
+def test_beams_keep_a_prompts_images_together(model, inputs):
+    """Every beam's prompt has the same tokens as without beams; prompt 0 has two images, in this order."""
     with gemmas_inputs(model) as seen:
         generate(model, inputs)
         prompts = seen[0]
@@ -289,7 +248,7 @@ def test_beams_keep_the_images_of_a_prompt_together(model, inputs):
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"use_cache": False}])
-def test_the_encoder_runs_once_a_generate(model, inputs, options):
+def test_the_encoder_runs_once_per_generate(model, inputs, options):
     batches = []
     hook = model.model.world_encoder.register_forward_hook(lambda module, args, latents: batches.append(len(latents)))
     generate(model, inputs, **options)
@@ -309,7 +268,7 @@ def test_embeddings_in_place_of_ids_generate_the_same(model, inputs):
         assert torch.equal(new_tokens, generate(model, inputs, **options))
 
 
-def test_labels_of_minus_100_give_no_loss_and_changed_labels_change_it(model, processor):
+def test_loss_ignores_minus_100_and_follows_changed_labels(model, processor):
     batch = processor(text=f"<world>{QUESTION}", images=pictures(1)[0], return_tensors="pt")
     labels = torch.full_like(batch["input_ids"], -100)
     answer = slice(-4, None)
@@ -326,7 +285,7 @@ def test_labels_of_minus_100_give_no_loss_and_changed_labels_change_it(model, pr
         assert nothing == 0
 
 
-def test_world_tokens_never_count_in_a_loss_that_excludes_them(model, processor):
+def test_world_tokens_without_labels_do_not_count(model, processor):
     batch = processor(text=f"<world>{QUESTION}", images=pictures(1)[0], return_tensors="pt")
     labels = batch["input_ids"].masked_fill(batch["input_ids"] == model.config.image_token_id, -100)
     loss = model(**batch, labels=labels).loss
@@ -335,7 +294,7 @@ def test_world_tokens_never_count_in_a_loss_that_excludes_them(model, processor)
     torch.testing.assert_close(summed, per_token)
 
 
-def test_gradients_reach_every_part_and_a_frozen_encoder_stays(model, processor):
+def test_gradients_reach_every_part_but_a_frozen_encoder(model, processor):
     batch = processor(text=f"<world>{QUESTION}", images=pictures(1)[0], return_tensors="pt")
     model.train()
     model(**batch, labels=batch["input_ids"]).loss.backward()
@@ -359,7 +318,7 @@ def test_logits_to_keep(model, inputs):
     )
 
 
-def test_hidden_states_and_attentions_come_when_asked(checkpoint, inputs):
+def test_hidden_states_and_attentions_are_returned_on_request(checkpoint, inputs):
     model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True, attn_implementation="eager").eval()
     output = model(**inputs, output_hidden_states=True, output_attentions=True)
     assert len(output.hidden_states) == 3 and len(output.attentions) == 2
@@ -391,7 +350,7 @@ def test_channel_tokens_hold_a_channel_each():
     tokens = projection(latents)
     assert tokens.shape == (2, 16, 64)
     torch.testing.assert_close(tokens[1, 5], projection.linear_1(latents[1, 5].flatten()), **FLOAT32_TOLERANCE)
-    with pytest.raises(ValueError, match="built for images of 32 pixels a side, whose latents are 4 x 4, got 2 x 8"):
+    with pytest.raises(ValueError, match="reads images of 32 x 32 pixels, whose latents are 4 x 4, got 2 x 8"):
         projection(torch.randn(1, 16, 2, 8))
 
 
@@ -435,40 +394,41 @@ def test_image_features_hold_latents_and_projected_tokens(model, inputs):
     )
 
 
-def test_a_prompt_without_a_place_for_its_image_is_refused(model, processor, inputs):
+def test_an_image_without_placeholder_is_rejected(model, processor, inputs):
     text = processor(text=QUESTION, return_tensors="pt")
     with pytest.raises(
-        ValueError, match=r"1 image\(s\) of 64 world tokens need 64 `<world>` places, but the prompts have \[0\]"
+        ValueError, match=r"1 image\(s\) of 64 world tokens need 64 `<world>` placeholders, but the prompts have \[0\]"
     ):
         model(**text, pixel_values=inputs["pixel_values"][:1])
     for options in ({}, {"num_beams": 2}):
-        with pytest.raises(ValueError, match="need 64 `<world>` places"):
+        with pytest.raises(ValueError, match="need 64 `<world>` placeholders"):
             generate(model, {**text, "pixel_values": inputs["pixel_values"][:1]}, **options)
 
 
-def test_an_image_too_many_or_too_few_is_refused(model, inputs):
+def test_an_image_too_many_or_too_few_is_rejected(model, inputs):
     prompts = without_images(inputs)
     for count in (1, 2):
         with pytest.raises(ValueError, match=rf"{count} image\(s\) .* need {64 * count} .* have \[128, 0, 64\]"):
             model(**prompts, pixel_values=inputs["pixel_values"][:count])
 
 
-def test_an_image_split_over_two_prompts_is_refused(model):
+def test_an_image_split_over_two_prompts_is_rejected(model):
     input_ids = torch.full((2, 34), model.config.image_token_id)
     input_ids[0, :3] = input_ids[1, :1] = 30
     with pytest.raises(
-        ValueError, match=r"64 `<world>` places must be in one prompt, but the prompts have \[31, 33\]"
+        ValueError,
+        match=r"64 `<world>` placeholders must be in one prompt and contiguous, but the prompts have \[31, 33\]",
     ):
         model.generate(input_ids, pixel_values=torch.zeros(1, 3, 64, 64), max_new_tokens=1)
 
 
-def test_a_prompt_whose_image_is_missing_is_refused(model, inputs):
+def test_a_prompt_whose_image_is_missing_is_rejected(model, inputs):
     for call in (model, model.generate):
-        with pytest.raises(ValueError, match="The prompt has `<world>` places but no image came with it"):
+        with pytest.raises(ValueError, match="The prompt has `<world>` placeholders but no image is given"):
             call(**without_images(inputs))
 
 
-def test_images_given_twice_are_refused(model, inputs):
+def test_images_given_twice_are_rejected(model, inputs):
     latents = model.get_world_latents(inputs["pixel_values"])
     with pytest.raises(ValueError, match="Give the images once"):
         model(**inputs, world_latents=latents)
@@ -477,12 +437,12 @@ def test_images_given_twice_are_refused(model, inputs):
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 8, 8), (16, 8, 8), (1, 16, 0, 8)])
-def test_latents_of_another_shape_are_refused(model, shape):
+def test_latents_of_another_shape_are_rejected(model, shape):
     with pytest.raises(ValueError, match=r"Expected latents \[B, 16, h, w\]"):
         model(input_ids=torch.tensor([[2, 7, 30]]), world_latents=torch.zeros(shape))
 
 
-def test_a_missing_norm_is_initialised_not_left_as_memory_was(tmp_path):
+def test_a_missing_norm_is_initialized(tmp_path):
     model = make_model()
     state = {name: tensor for name, tensor in model.state_dict().items() if "norm" not in name or "world" not in name}
     model.save_pretrained(tmp_path, state_dict=state)
@@ -492,7 +452,7 @@ def test_a_missing_norm_is_initialised_not_left_as_memory_was(tmp_path):
             assert torch.equal(parameter, torch.ones_like(parameter)), name
 
 
-def test_fullgraph_compilation_of_the_encoder_gives_the_same_latents():
+def test_a_compiled_encoder_gives_the_same_latents():
     model = make_model()
     images = torch.rand(1, 3, 16, 16)
     with torch.no_grad():
@@ -500,7 +460,5 @@ def test_fullgraph_compilation_of_the_encoder_gives_the_same_latents():
         torch.testing.assert_close(compiled(images), model.model.world_encoder(images), **FLOAT32_TOLERANCE)
 
 
-def test_fullgraph_compilation_of_the_model_gives_the_same_logits(model, inputs):
-    with torch.no_grad():
-        compiled = torch.compile(model, fullgraph=True, backend="eager")
-        torch.testing.assert_close(compiled(**inputs).logits, logits_of(model, inputs), **FLOAT32_TOLERANCE)
+def test_a_compiled_model_gives_the_same_logits(model, inputs):
+    check_compiled_model(model, inputs)

@@ -1,4 +1,4 @@
-"""Pins what the processor makes of text and images, and what it refuses."""
+"""Tests what the processor makes of text and images, and what it rejects."""
 
 import base64
 from io import BytesIO
@@ -11,6 +11,7 @@ from PIL import Image
 from tokenizers import processors
 from transformers import AutoProcessor, AutoTokenizer
 
+from tests.helpers.generation import chat_inputs
 from theworld import TheWorldProcessor
 
 
@@ -28,11 +29,11 @@ def processor(folder):
 
 
 def places(processor, input_ids) -> list[int]:
-    """The number of `<world>` places in each row."""
+    """The number of `<world>` placeholders in each row."""
     return (torch.as_tensor(input_ids) == processor.image_token_id).sum(-1).tolist()
 
 
-def test_one_world_becomes_an_images_places_between_start_and_end(processor, photo):
+def test_one_world_becomes_placeholders_between_start_and_end(processor, photo):
     inputs = processor(text=f"a<world>{QUESTION}", images=photo, return_tensors="pt")
     assert inputs["pixel_values"].shape == (1, 3, 64, 64)
     expected = f"<bos>a<start_of_world>{'<world>' * 64}<end_of_world>{QUESTION}"
@@ -49,7 +50,7 @@ def test_pixels_are_resized_and_in_minus_one_to_one(processor):
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 128), (8, 8), (88, 40)])
-def test_any_multiple_of_the_patch_size_can_be_asked_for_per_call(processor, photo, height, width):
+def test_size_accepts_any_multiple_of_the_patch_size(processor, photo, height, width):
     size = {"height": height, "width": width}
     inputs = processor(text="<world>", images=photo, size=size, return_tensors="pt")
     assert inputs["pixel_values"].shape == (1, 3, height, width)
@@ -60,15 +61,8 @@ def test_any_multiple_of_the_patch_size_can_be_asked_for_per_call(processor, pho
 def test_the_default_size_is_512(sources, tmp_path):
     from theworld import convert_weights
 
-    arguments = [
-        "--vae",
-        str(sources / "pipeline"),
-        "--gemma",
-        str(sources / "gemma2"),
-        "--output",
-        str(tmp_path / "out"),
-    ]
-    assert convert_weights.main(arguments) == 0
+    arguments = ["--vae", sources / "pipeline", "--gemma", sources / "gemma2", "--output-dir", tmp_path / "out"]
+    assert convert_weights.main([*map(str, arguments)]) == 0
     processor = TheWorldProcessor.from_pretrained(tmp_path / "out")
     inputs = processor(text="<world>", images=Image.new("RGB", (30, 20)), return_tensors="pt")
     assert inputs["pixel_values"].shape == (1, 3, 512, 512)
@@ -83,7 +77,7 @@ def test_unresized_images_keep_their_size(processor):
     assert processor._get_num_multimodal_tokens([(16, 48)], do_resize=False)["num_image_tokens"] == [12]
 
 
-def test_a_batch_of_two_one_and_no_images_is_padded_on_the_left(processor, photo):
+def test_a_mixed_batch_is_padded_on_the_left(processor, photo):
     prompts = [f"<world>{QUESTION}<world>", QUESTION, f"{QUESTION}<world>"]
     nested = processor(text=prompts, images=[[photo, photo], [], [photo]], padding=True, return_tensors="pt")
     flat = processor(text=prompts, images=[photo] * 3, padding=True, return_tensors="pt")
@@ -180,7 +174,7 @@ def test_a_tokenizer_that_adds_no_bos_is_given_none(processor):
 
 
 def test_a_bare_tokenizer_doubles_bos_unless_told(processor):
-    """As the README says; vLLM's completions go this way."""
+    """As docs/usage.md says; vLLM's completions do this."""
     assert bos_of(processor, processor.tokenizer(CHAT.format(image=""))["input_ids"]) == 2
     assert bos_of(processor, processor.tokenizer(CHAT.format(image=""), add_special_tokens=False)["input_ids"]) == 1
 
@@ -196,9 +190,7 @@ def test_chat_contents_bring_their_images(processor, photo, tmp_path, form):
         "url": str(tmp_path / "photo.png"),
         "base64": base64.b64encode(encoded.getvalue()).decode(),
     }[form]
-    inputs = processor.apply_chat_template(
-        conversation({form: image}), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
+    inputs = chat_inputs(processor, conversation({form: image}))
     block = f"<start_of_world>{'<world>' * 64}<end_of_world>"
     assert processor.decode(inputs["input_ids"][0]) == CHAT.format(image=block)
     assert (inputs["input_ids"] == 2).sum() == 1  # one <bos>
@@ -220,7 +212,7 @@ def test_a_batch_of_conversations_with_and_without_images(processor, photo):
 
 @pytest.mark.skipif(
     version.parse(transformers.__version__) < version.parse("5.18"),
-    reason="transformers 5.17 does not count the places that an image's token expands to",
+    reason="transformers 5.17 does not count the placeholders that an image's token expands to",
 )
 def test_the_chat_template_marks_what_the_assistant_says(processor, photo):
     inputs = processor.apply_chat_template(
@@ -239,7 +231,7 @@ def test_the_chat_template_marks_what_the_assistant_says(processor, photo):
         ([{"role": "system", "content": "hi"}], "A system message needs a user message after it"),
     ],
 )
-def test_conversations_that_gemma_cannot_read_are_refused(processor, messages, message):
+def test_conversations_that_gemma_cannot_read_are_rejected(processor, messages, message):
     with pytest.raises(Exception, match=message):
         processor.apply_chat_template(messages)
 
@@ -247,10 +239,10 @@ def test_conversations_that_gemma_cannot_read_are_refused(processor, messages, m
 @pytest.mark.parametrize(
     ("text", "count", "message"),
     [
-        ("<world>", 2, r"The prompts have 1 `<world>`, but 2 image\(s\) came"),
-        ("<world><world>", 1, r"The prompts have 2 `<world>`, but 1 image\(s\) came"),
-        (QUESTION, 1, r"The prompts have 0 `<world>`, but 1 image\(s\) came. Write one `<world>`"),
-        ("<world>", 0, r"The prompts have 1 `<world>`, but 0 image\(s\) came"),
+        ("<world>", 2, r"The prompts have 1 `<world>`, but 2 image\(s\) are given"),
+        ("<world><world>", 1, r"The prompts have 2 `<world>`, but 1 image\(s\) are given"),
+        (QUESTION, 1, r"The prompts have 0 `<world>`, but 1 image\(s\) are given. Write one `<world>`"),
+        ("<world>", 0, r"The prompts have 1 `<world>`, but 0 image\(s\) are given"),
     ],
 )
 def test_images_and_places_must_agree(processor, photo, text, count, message):
@@ -258,7 +250,7 @@ def test_images_and_places_must_agree(processor, photo, text, count, message):
         processor(text=text, images=[photo] * count or None)
 
 
-def test_images_of_another_prompt_are_refused(processor, photo):
+def test_images_of_another_prompt_are_rejected(processor, photo):
     with pytest.raises(ValueError, match=r"the prompts have \[1, 0\], the images are \[0, 1\]"):
         processor(text=["<world>", QUESTION], images=[[], [photo]])
     with pytest.raises(ValueError, match="a list of images for each prompt, got a mixture"):
@@ -266,7 +258,7 @@ def test_images_of_another_prompt_are_refused(processor, photo):
 
 
 @pytest.mark.parametrize(("height", "width"), [(60, 64), (64, 4), (227, 227)])
-def test_sizes_that_would_be_cropped_are_refused(processor, photo, height, width):
+def test_sizes_that_would_be_cropped_are_rejected(processor, photo, height, width):
     size = {"height": height, "width": width}
     with pytest.raises(ValueError, match=f"Image sides must be positive multiples of 8 pixels, got {height}x{width}"):
         processor(text="<world>", images=photo, size=size)
@@ -289,8 +281,9 @@ NAN = float("nan")
     ],
     ids=str,
 )
-def test_options_that_spoil_the_range_are_refused(processor, photo, options):
-    with pytest.raises(ValueError, match=r"Images must be scaled to \[-1, 1\], but these options give .* Leave `do_r"):
+def test_options_that_spoil_the_range_are_rejected(processor, photo, options):
+    message = r"Images must be scaled to \[-1, 1\], but these options give .* Do not change `do_r"
+    with pytest.raises(ValueError, match=message):
         processor(text="<world>", images=photo, return_tensors="pt", **options)
 
 
@@ -306,24 +299,24 @@ def test_options_that_spoil_the_range_are_refused(processor, photo, options):
     ],
     ids=str,
 )
-def test_sizes_beyond_pillows_limit_are_refused(processor, options):
+def test_sizes_beyond_pillows_limit_are_rejected(processor, options):
     name = next(name for name in options if "size" in name)
     with pytest.raises(ValueError, match=f"`{name}` must give images of at most 89,478,485 pixels, got .* Make it"):
         processor(text="<world>", images=Image.new("RGB", (32, 8)), **options)
 
 
-def test_an_image_that_would_leave_nothing_is_refused(processor, photo):
+def test_an_image_that_would_leave_nothing_is_rejected(processor, photo):
     for options in ({"world": False}, {"world": False, "vision": False}, {"images_kwargs": {"world": False}}):
-        with pytest.raises(ValueError, match="`world=False` leaves nothing of an image where there is no vision"):
+        with pytest.raises(ValueError, match="`world=False` with an image needs a model with `vision_config`"):
             processor(text="<world>", images=photo, **options)
 
 
-def test_truncation_through_world_tokens_is_refused(processor, photo):
+def test_truncation_through_world_tokens_is_rejected(processor, photo):
     with pytest.raises(ValueError, match="Mismatch in `image` token count"):
         processor(text="<world>", images=photo, truncation=True, max_length=20)
 
 
-def test_a_tokenizer_without_the_world_tokens_is_refused(processor, sources):
+def test_a_tokenizer_without_the_world_tokens_is_rejected(processor, sources):
     tokenizer = AutoTokenizer.from_pretrained(sources / "gemma2")
     with pytest.raises(ValueError, match="has no <world>, <start_of_world>, <end_of_world>. Use the one that"):
         TheWorldProcessor(processor.image_processor, tokenizer)
@@ -334,7 +327,7 @@ def test_channel_tokens_are_16_at_one_size(convert, photo):
     inputs = processor(text="<world>", images=photo, return_tensors="pt")
     assert places(processor, inputs["input_ids"]) == [16]
     assert processor._get_num_multimodal_tokens([(600, 512)])["num_image_tokens"] == [16]
-    with pytest.raises(ValueError, match="built for images of 64x64 pixels, got 32x32"):
+    with pytest.raises(ValueError, match="reads images of 64x64 pixels, got 32x32"):
         processor(text="<world>", images=photo, size={"height": 32, "width": 32})
 
 
@@ -347,7 +340,7 @@ def test_merged_tokens_are_a_quarter_as_many(convert, photo):
 
 
 class TorchvisionImageProcessor:
-    """What `AutoImageProcessor` hands over where torchvision is installed, as far as TheWorldProcessor looks at it."""
+    """A stand-in for the class that `AutoImageProcessor` returns if torchvision is installed."""
 
     backend = "torchvision"
 
@@ -358,7 +351,7 @@ class TorchvisionImageProcessor:
         return self.fields
 
 
-def test_images_are_processed_by_pil_even_where_torchvision_is_installed(processor):
+def test_images_are_processed_by_pil_despite_torchvision(processor):
     fields = processor.image_processor.to_dict()
     pinned = TheWorldProcessor(TorchvisionImageProcessor(fields), processor.tokenizer).image_processor
     assert pinned.backend == "pil" and pinned.to_dict() == fields

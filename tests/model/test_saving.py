@@ -1,14 +1,14 @@
-"""Tests that what people save loads again, in a fresh process, or is refused in one sentence."""
+"""Tests that saved folders load in a fresh process, or are rejected in one sentence."""
 
 import shutil
-from pathlib import Path
 
 import pytest
-from test_user_route import run_fresh
 from transformers import AutoModel, AutoProcessor
 
+from tests.helpers import ROOT
+from tests.helpers.fresh import run_fresh
 
-ROOT = Path(__file__).parents[2]
+
 PICTURE = ROOT / "assets" / "scene.png"
 
 WITHOUT_THE_PACKAGE = """
@@ -48,7 +48,7 @@ for load in (AutoProcessor.from_pretrained, partial(pipeline, "image-text-to-tex
 
 
 @pytest.mark.parametrize("saved", ["a pipeline", "model and tokenizer"])
-def test_saved_without_its_processor_it_still_loads(saved, convert_whole, tmp_path):
+def test_a_model_saved_without_its_processor_loads(saved, convert_whole, tmp_path):
     folder = ROOT if saved == "a pipeline" else convert_whole("--latent-merge-size", "2")
     run_fresh("-c", WITHOUT_THE_PACKAGE + SAVES[saved], folder, tmp_path / "saved", cache=tmp_path / "saver")
     before, after = (
@@ -58,7 +58,7 @@ def test_saved_without_its_processor_it_still_loads(saved, convert_whole, tmp_pa
     assert before == after
 
 
-def test_a_folder_without_a_processor_is_refused_at_once(convert, tmp_path):
+def test_a_folder_without_a_processor_is_rejected_at_once(convert, tmp_path):
     code = WITHOUT_THE_PACKAGE + SAVES["a model of no checkpoint"]
     run_fresh("-c", code, convert("gemma2"), tmp_path / "saved", cache=tmp_path / "saver")
     messages = run_fresh("-c", WITHOUT_THE_PACKAGE + REFUSES, tmp_path / "saved", cache=tmp_path / "user").splitlines()
@@ -77,7 +77,7 @@ def test_a_changed_processor_is_never_replaced(first, tmp_path):
     assert dict(saved.image_processor.size) == {"height": 96, "width": 96}
 
 
-def test_the_source_may_be_gone_when_a_model_is_saved(convert, tmp_path):
+def test_saving_works_after_the_source_is_deleted(convert, tmp_path):
     shutil.copytree(convert("gemma2"), tmp_path / "source")
     model = AutoModel.from_pretrained(tmp_path / "source", trust_remote_code=True)
     shutil.rmtree(tmp_path / "source")

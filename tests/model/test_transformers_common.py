@@ -1,5 +1,5 @@
 """
-Pins that TheWorld passes the tests transformers asks of every model of its own.
+Tests that TheWorld passes the tests that transformers has for each of its own models.
 
 They come from transformers' source distribution, which `make build/suite/transformers_tests` fetches.
 """
@@ -20,7 +20,7 @@ from theworld import TheWorldConfig, TheWorldForConditionalGeneration, TheWorldM
 
 
 # The distribution leaves out two packages that `test_modeling_common` takes mixins from (generation, export). These
-# are empty here; generation has its own tests beside this file.
+# are empty here; generation has its own tests.
 for name, mixin in (
     ("transformers_tests.exporters.test_export", "ExportTesterMixin"),
     ("transformers_tests.generation.test_utils", "GenerationTesterMixin"),
@@ -99,7 +99,7 @@ class CommonTests(suite.ModelTesterMixin, suite.GenerationTesterMixin):
     world_config = VAE_FIELDS
 
     def setUp(self):
-        # The eager-sdpa comparison calls the model with `input_ids` alone; with images it stands in test_modeling.py.
+        # The eager-sdpa comparison calls the model with `input_ids` alone; with images it is in test_modeling.py.
         with_images = "eager_matches_sdpa" not in self._testMethodName
         self.model_tester = TheWorldModelTester(self.text_config, self.world_config, with_images)
 

@@ -1,8 +1,6 @@
-"""Pins how videos reach the model: which frames, when each was, where its tokens stand, what is refused."""
+"""Tests how videos reach the model: which frames, their timestamps, their placeholders, and rejected inputs."""
 
-import re
 from contextlib import nullcontext
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,13 +8,11 @@ import torch
 from PIL import Image
 from transformers import AutoModel, pipeline
 
+from tests.helpers.generation import chat_inputs
 from theworld import TheWorldConfig, TheWorldProcessor
 from theworld.videos_theworld import Clip, Sampling, flatten_videos, open_clip, open_file
 
 
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
-SECTION = README[README.index("### Video\n") : README.index("### Vision and world\n")]
 QUESTION = "what is it?"
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -33,7 +29,7 @@ def save_gif(folder, pictures: list[Image.Image], milliseconds: list[int]):
 
 
 def fives(texts: str, times: int = 64) -> str:
-    """What a processed prompt reads, with each latent frame's places as [N]."""
+    """What a processed prompt reads, with each latent frame's placeholders as [N]."""
     return texts.replace("<start_of_world>" + "<world_video>" * times + "<end_of_world>", f"[{times}]")
 
 
@@ -60,7 +56,7 @@ def ask(processor, video, question=QUESTION, **options):
 
 
 @pytest.mark.parametrize(("num_frames", "num_latents"), [(1, 1), (2, 2), (5, 2), (6, 3), (9, 3), (17, 5)])
-def test_one_latent_frame_for_the_first_frame_and_for_every_four_begun(processor, num_frames, num_latents):
+def test_each_four_frames_give_a_latent_frame(processor, num_frames, num_latents):
     inputs = ask(processor, frames(num_frames))
     assert inputs["pixel_values_videos"].shape == (1, 1 + 4 * (num_latents - 1), 3, 64, 64)
     assert inputs["pixel_values_videos"].dtype == torch.float32
@@ -73,7 +69,7 @@ def test_a_remainder_is_filled_up_with_the_last_frame(processor):
     assert torch.equal(filled, whole)
 
 
-def test_each_latent_frame_has_the_time_of_its_last_frame(processor):
+def test_latent_frames_have_times_of_their_last_frames(processor):
     text = processor.decode(ask(processor, frames(9))["input_ids"][0])
     assert fives(text) == f"<bos>0.000s[64]0.500s[64]1.000s[64]{QUESTION}"
     # Frames that are repeated are no later than the last.
@@ -84,7 +80,7 @@ def test_each_latent_frame_has_the_time_of_its_last_frame(processor):
     assert "0.250s" in processor.decode(faster["input_ids"][0])
 
 
-def test_frames_are_taken_at_the_rate_that_is_asked_for(processor):
+def test_frames_are_sampled_at_the_given_rate(processor):
     video = frames(33)
     all_frames = ask(processor, video)["pixel_values_videos"]
     at_24 = ask(processor, video, video_metadata={"fps": 24})["pixel_values_videos"]  # 4/3 s: 0, 3, ... 30, filled up
@@ -120,7 +116,7 @@ def test_a_gif_keeps_its_own_time(processor, tmp_path):
     assert clip.begins.tolist() == [0, 0.25, 0.75] and times.tolist() == [0, 0.25, 0.5, 0.75]
 
 
-def test_a_video_is_a_list_or_an_array_of_frames_whatever_the_batch(processor):
+def test_videos_are_lists_or_arrays_in_any_batch(processor):
     video = frames(5)
     expected = ask(processor, video)["pixel_values_videos"]
     array = np.stack([np.asarray(frame) for frame in video])
@@ -154,14 +150,14 @@ def test_chats_take_videos_beside_images(processor):
     assert torch.equal(inputs["pixel_values_videos"], ask(processor, video)["pixel_values_videos"])
 
 
-# What is refused
+# Rejected inputs
 
 
 @pytest.mark.parametrize(
     ("text", "videos", "options", "error", "message"),
     [
-        ("<world_video>", None, {}, ValueError, r"1 `<world_video>`, but 0 video\(s\) came"),
-        ("no place", frames(5), {}, ValueError, r"0 `<world_video>`, but 1 video\(s\) came"),
+        ("<world_video>", None, {}, ValueError, r"1 `<world_video>`, but 0 video\(s\) are given"),
+        ("no placeholder", frames(5), {}, ValueError, r"0 `<world_video>`, but 1 video\(s\) are given"),
         (["<world_video>"] * 2, [[frames(5)] * 2, []], {}, ValueError, r"\[1, 1\], the videos are \[2, 0\]"),
         ("<world_video>" * 2, [frames(5), frames(9)], {}, ValueError, "as many frames, and the same size"),
         ("<world_video>", frames(1)[0], {}, TypeError, "A single picture is an image"),
@@ -171,30 +167,28 @@ def test_chats_take_videos_beside_images(processor):
     ],
     ids=lambda value: None,
 )
-def test_what_the_processor_refuses(processor, text, videos, options, error, message):
+def test_the_processor_rejects_bad_videos(processor, text, videos, options, error, message):
     with pytest.raises(error, match=message):
         processor(text=text, videos=videos, **options)
 
 
-def test_what_the_model_refuses(model, processor):
+def test_the_model_rejects_bad_videos(model, processor):
     inputs = ask(processor, frames(5))
-    with pytest.raises(ValueError, match="but no video came with it"):
+    with pytest.raises(ValueError, match="`<world_video>` placeholders but no video is given"):
         model(input_ids=inputs["input_ids"])
     with pytest.raises(ValueError, match="`pixel_values_videos` must have 5 dimensions"):
         model(input_ids=inputs["input_ids"], pixel_values_videos=inputs["pixel_values_videos"][0])
-    with pytest.raises(ValueError, match=r"1 video\(s\) of 64 world tokens need 64 `<world_video>` places"):
+    with pytest.raises(ValueError, match=r"1 video\(s\) of 64 world tokens need 64 `<world_video>` placeholders"):
         model(input_ids=inputs["input_ids"], pixel_values_videos=inputs["pixel_values_videos"][:, :1])
     with pytest.raises(ValueError, match=r"1 \+ 4k frames, got 4"):
         model(input_ids=inputs["input_ids"], pixel_values_videos=inputs["pixel_values_videos"][:, :4])
 
 
 def test_a_checkpoint_from_before_videos_says_so(model, processor):
-    """Converted when there were three tokens: it has no `video_token_id`, and its tokenizer no `<world_video>`."""
+    """It was converted with three special tokens: it has no `video_token_id`, and its tokenizer no `<world_video>`."""
     inputs = ask(processor, frames(5))
     model.config.video_token_id = None
-    with pytest.raises(
-        ValueError, match="tokens of videos came, but this model has no places for them: no `video_token_id`"
-    ):
+    with pytest.raises(ValueError, match="Got world tokens of videos, but this model has no `video_token_id`"):
         model(**inputs)
     assert TheWorldConfig().video_token_id is None
     processor.video_token_id = None
@@ -205,7 +199,7 @@ def test_a_checkpoint_from_before_videos_says_so(model, processor):
 # What the model makes of it
 
 
-def test_latents_go_to_their_places_in_order(model, processor):
+def test_latents_replace_placeholders_in_order(model, processor):
     inputs = ask(processor, frames(9))
     features = model.get_video_features(inputs["pixel_values_videos"])
     assert features.last_hidden_state.shape == (1, 3, 16, 8, 8) and features.pooler_output.shape == (1, 192, 64)
@@ -221,7 +215,7 @@ def test_latents_go_to_their_places_in_order(model, processor):
 
 
 @torch.no_grad()
-def test_a_video_of_one_frame_is_its_image_at_time_zero(model, processor):
+def test_one_frame_equals_its_image_at_time_zero(model, processor):
     video = frames(1)
     inputs = ask(processor, video)
     image = processor(text=f"0.000s<world>{QUESTION}", images=video, return_tensors="pt")
@@ -229,7 +223,7 @@ def test_a_video_of_one_frame_is_its_image_at_time_zero(model, processor):
 
 
 @torch.no_grad()
-def test_the_order_of_frames_changes_the_answer_even_where_the_last_is_the_same(model, processor):
+def test_order_of_frames_changes_the_answer(model, processor):
     video = frames(9)
     forwards, shuffled = (ask(processor, clip) for clip in (video, [*video[7::-1], video[8]]))
     assert torch.equal(forwards["input_ids"], shuffled["input_ids"])
@@ -266,23 +260,6 @@ def test_gradients_reach_what_the_encoder_remembers(model, processor):
     assert {name for name, _ in model.named_parameters()} - reached == set()
 
 
-# What the README says
-
-
-def test_the_readmes_snippets_run_as_they_stand(monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    snippets = re.findall(r"^```python\n(.*?)^```", SECTION, flags=re.DOTALL | re.MULTILINE)
-    namespace = {}
-    for snippet in snippets:
-        exec(snippet, namespace)
-    assert len(snippets) == 2
-    assert capsys.readouterr().out.strip() == re.search(r"skip_special_tokens=True\)\)  # (.*)\n", SECTION).group(1)
-    first, further = namespace["first"], namespace["further"]
-    assert first.shape == (1, 2, 16, 8, 8) and further.shape == (1, 1, 16, 8, 8)
-    whole = namespace["model"].model.world_encoder(namespace["video"])
-    assert torch.allclose(torch.cat([first, further], dim=1), whole, **TOLERANCE)
-
-
 def test_the_pipeline_takes_a_video(folder, processor, model):
     video = frames(5)
     content = [{"type": "video", "video": video}, {"type": "text", "text": QUESTION}]
@@ -290,13 +267,7 @@ def test_the_pipeline_takes_a_video(folder, processor, model):
     answers = pipe(
         text=[{"role": "user", "content": content}], max_new_tokens=6, do_sample=False, return_full_text=False
     )
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
+    inputs = chat_inputs(processor, [{"role": "user", "content": content}])
     output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
     expected = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert answers[0]["generated_text"] == expected

@@ -1,4 +1,4 @@
-"""Pins how files of videos are read: by what route, which frames, when each was, which way up, in how much memory."""
+"""Tests how video files are read: by which library, which frames, timestamps, rotation and memory."""
 
 import base64
 import json
@@ -20,6 +20,7 @@ from transformers import AutoModel, pipeline
 from transformers.video_utils import load_video
 
 from tests.helpers.films import write_film
+from tests.helpers.generation import chat_inputs
 from theworld import TheWorldProcessor
 
 
@@ -62,14 +63,7 @@ def ask(processor, video, **options):
 
 def chat(processor, options=None, **part):
     content = [{"type": "video", **part}, {"type": "text", "text": QUESTION}]
-    return processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs=options,
-    )
+    return chat_inputs(processor, [{"role": "user", "content": content}], options)
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +240,7 @@ def test_longer_videos_are_read_evenly_up_to_a_limit(processor, write, tmp_path)
     assert len(numbers(ask(limited, path, num_frames=9)["pixel_values_videos"])) == 9
 
 
-def test_all_frames_are_read_if_none_is_to_be_sampled(processor, write):
+def test_all_frames_are_read_without_sampling(processor, write):
     path = write(TIMES)
     inputs = ask(processor, path, do_sample_frames=False)
     assert numbers(inputs["pixel_values_videos"]) == [0, 1, 2, 3, 4] and stamps(processor, inputs)[-1] == "1.000s"
@@ -308,10 +302,10 @@ def test_a_transparent_film_is_on_a_white_page(processor, tmp_path):
     assert (ask(processor, tmp_path / "clip.mov")["pixel_values_videos"] == 1).all()
 
 
-# What is refused, and what it costs
+# Rejected inputs, and memory
 
 
-def test_a_damaged_film_is_read_or_refused_in_words(processor, tmp_path):
+def test_a_damaged_video_file_is_read_or_rejected(processor, tmp_path):
     chance = np.random.default_rng(0)
     read = 0
     for container in ("MP4", "WebM", "TS"):
@@ -342,7 +336,7 @@ def test_a_song_with_a_cover_is_no_video(processor, tmp_path):
         ask(processor, tmp_path / "song.m4a")
 
 
-def test_more_tokens_than_the_tokenizer_admits_are_refused(processor, write):
+def test_more_tokens_than_the_tokenizer_admits_are_rejected(processor, write):
     processor.tokenizer.model_max_length = 150
     with pytest.raises(
         ValueError, match="of 9 frames has 192 world tokens, but .*`model_max_length` is 150. Read fewer"
@@ -375,8 +369,8 @@ print(inputs["pixel_values_videos"].shape[1], resource.getrusage(resource.RUSAGE
 # The stream left out
 
 
-def test_a_video_without_the_world_is_refused(processor, write, convert_whole):
-    """Nothing else reads a video, so that it would be left out without a word."""
+def test_a_video_without_the_world_is_rejected(processor, write, convert_whole):
+    """Nothing else reads a video, so it would be ignored silently."""
     path = write(TIMES)
     for given in (processor, TheWorldProcessor.from_pretrained(convert_whole())):
         with pytest.raises(ValueError, match="`world=False` leaves nothing of a video, which Gemma's own vision does"):

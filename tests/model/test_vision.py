@@ -1,11 +1,8 @@
-"""Pins Gemma 3's own vision beside the world: each stream and both against transformers' own classes, bit for bit."""
+"""Tests Gemma 3's vision tower with and without world tokens: results equal transformers' classes bit for bit."""
 
 import json
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,17 +10,6 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from packaging import version
 from PIL import Image
-from test_modeling import (
-    FLOAT32_TOLERANCE,
-    QUESTION,
-    gemmas_inputs,
-    generate,
-    logits_of,
-    pictures,
-    without_images,
-)
-from test_modeling import test_decoding_compiles_whole_and_gives_the_same_answer as test_decoding_compiles_whole  # noqa: F401
-from test_modeling import test_fullgraph_compilation_of_the_model_gives_the_same_logits as test_the_model_compiles  # noqa: F401
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -35,20 +21,32 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from tests.helpers import ROOT
 from tests.helpers.checkpoints import TEXT_CONFIGS, VISION_FIELDS
+from tests.helpers.commands import run_theworld
+from tests.helpers.docs import sentences, snippets
 from tests.helpers.fresh import load_fresh
+from tests.helpers.modeling import (
+    FLOAT32_TOLERANCE,
+    QUESTION,
+    check_compiled_decoding,
+    check_compiled_model,
+    gemmas_inputs,
+    generate,
+    logits_of,
+    pictures,
+    without_images,
+)
 from theworld import TheWorldConfig
-from theworld.convert_weights import main, map_gemma_key
+from theworld.checkpoints.tensors import map_gemma_key
+from theworld.convert_weights import main
 from theworld.training.data import ConversationCollator
 from theworld.versions_theworld import CACHE_NAME
 
 
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
-SECTION = README.split("\n### Vision and world\n")[1].split("\n## ")[0]
-FIGURE = README.split("```text\n")[1].split("```")[0]
+FIGURE = snippets("README.md", "text")[0].code
 
-STREAMS_OFF = {"neither": {}, "world": {"world": False}, "vision": {"vision": False}}
+MODALITIES_OFF = {"neither": {}, "world": {"world": False}, "vision": {"vision": False}}
 # Two images in one prompt, none, one.
 TEXTS = [f"<world>and<world>{QUESTION}", QUESTION, f"<world>{QUESTION}"]
 
@@ -79,12 +77,6 @@ def batch(processor, **options):
     return processor(text=TEXTS, images=[[first, second], [], [third]], padding=True, return_tensors="pt", **options)
 
 
-@pytest.fixture
-def inputs(processor):
-    """For the tests of test_modeling.py that run here again."""
-    return batch(processor)
-
-
 def gemmas_batch(gemma_processor, **options):
     """The same batch, from Gemma 3's own processor."""
     first, second, third = photos(3)
@@ -100,9 +92,7 @@ def gemmas_batch(gemma_processor, **options):
     [{"attn_implementation": "eager"}, {"attn_implementation": "sdpa"}, {"dtype": torch.bfloat16}],
     ids=["eager", "sdpa", "bfloat16"],
 )
-def test_with_the_world_off_it_is_gemma_3_bit_for_bit(
-    gemma_folder, gemma_processor, checkpoint, processor, how, pan_and_scan
-):
+def test_without_the_world_it_equals_gemma_3(gemma_folder, gemma_processor, checkpoint, processor, how, pan_and_scan):
     gemma, model = (
         auto_class.from_pretrained(folder, **how, **options).eval()
         for auto_class, folder, options in (
@@ -125,14 +115,12 @@ def test_with_the_world_off_it_is_gemma_3_bit_for_bit(
 
 @torch.no_grad()
 @pytest.mark.parametrize("world_attention", ["causal", "bidirectional"])
-@pytest.mark.parametrize("off", STREAMS_OFF)
-def test_each_stream_and_both_equal_gemma_3_on_the_same_embeddings(
-    gemma, convert_whole, processor, off, world_attention
-):
-    """World tokens are put in place by hand; the rest is Gemma 3's own class."""
+@pytest.mark.parametrize("off", MODALITIES_OFF)
+def test_each_modality_equals_gemma_3_on_the_same_embeddings(gemma, convert_whole, processor, off, world_attention):
+    """World tokens are merged by hand; the rest is Gemma 3's own class."""
     folder = convert_whole("--world-attention", world_attention)
     model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
-    inputs = batch(processor, **STREAMS_OFF[off])
+    inputs = batch(processor, **MODALITIES_OFF[off])
     assert ("pixel_values" in inputs, "vision_pixel_values" in inputs) == (off != "world", off != "vision")
     embeds = gemma.get_input_embeddings()(inputs["input_ids"])
     if off != "world":
@@ -140,17 +128,17 @@ def test_each_stream_and_both_equal_gemma_3_on_the_same_embeddings(
         places = (inputs["input_ids"] == model.config.image_token_id).unsqueeze(-1)
         embeds = embeds.masked_scatter(places, tokens)
     types = inputs["token_type_ids"]
-    two_way_world = (types == 2) & (world_attention == "bidirectional")
+    bidirectional_world = (types == 2) & (world_attention == "bidirectional")
     expected = gemma(
         inputs_embeds=embeds,
         pixel_values=inputs.get("vision_pixel_values"),
         attention_mask=inputs["attention_mask"],
-        token_type_ids=((types == 1) | two_way_world).long(),
+        token_type_ids=((types == 1) | bidirectional_world).long(),
     )
     assert torch.equal(model(**inputs).logits, expected.logits)
 
 
-def test_with_both_off_the_image_is_as_if_it_had_never_come(gemma, gemma_processor, model, processor):
+def test_with_both_off_the_image_leaves_no_trace(gemma, gemma_processor, model, processor):
     text = [text.replace("<world>", "") for text in TEXTS]
     inputs = batch(processor, world=False, vision=False)
     expected = gemma_processor(text=text, padding=True, return_tensors="pt")
@@ -160,7 +148,7 @@ def test_with_both_off_the_image_is_as_if_it_had_never_come(gemma, gemma_process
 
 
 @pytest.mark.parametrize("options", [(), ("--vision-first",)])
-def test_the_config_says_which_block_of_an_image_comes_first(convert_whole, options):
+def test_the_config_orders_the_blocks_of_an_image(convert_whole, options):
     processor = AutoProcessor.from_pretrained(convert_whole(*options), trust_remote_code=True)
     prompt = processor.decode(processor(text="a<world>b", images=photos(1))["input_ids"][0])
     world = "<start_of_world>" + 64 * "<world>" + "<end_of_world>"
@@ -170,22 +158,22 @@ def test_the_config_says_which_block_of_an_image_comes_first(convert_whole, opti
     assert config.world_first == (not options)
 
 
-@pytest.mark.parametrize("off", STREAMS_OFF)
-def test_a_chat_leaves_a_stream_out_too(processor, off):
+@pytest.mark.parametrize("off", MODALITIES_OFF)
+def test_a_chat_can_leave_a_modality_out(processor, off):
     content = [{"type": "image", "image": photos(1)[0]}, {"type": "text", "text": QUESTION}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
-        processor_kwargs=STREAMS_OFF[off],
+        processor_kwargs=MODALITIES_OFF[off],
     )
     types = inputs["token_type_ids"]
     assert (types == 1).sum() == (0 if off == "vision" else 64)
     assert (types == 2).sum() == (0 if off == "world" else 64)
 
 
-def test_the_size_is_the_worlds_and_the_tower_keeps_its_own(processor):
+def test_size_changes_the_world_and_not_the_tower(processor):
     inputs = processor(text="<world>", images=photos(1), size={"height": 16, "width": 32}, return_tensors="np")
     assert inputs["pixel_values"].shape == (1, 3, 16, 32)
     assert inputs["vision_pixel_values"].shape == (1, 3, 32, 32)
@@ -210,13 +198,13 @@ def test_every_way_to_generate_gives_one_answer(convert_whole, options, how):
         inputs = processor(text=f"a?<world>{QUESTION}a?", images=photos(1), return_tensors="pt")
     answer = generate(model, inputs)
     assert torch.equal(generate(model, inputs, **how), answer)
-    # The blocks are found in the prompt where nobody says where they are.
+    # Without token types, the blocks are found in the prompt.
     untyped = {name: tensor for name, tensor in inputs.items() if name != "token_type_ids"}
     assert torch.equal(generate(model, untyped, **how), answer)
 
 
-def test_beams_keep_the_images_of_a_prompt_together(model, processor):
-    """Every beam's prompt holds what its prompt holds without beams, crops of two images in their order among it."""
+def test_beams_keep_a_prompts_images_together(model, processor):
+    """Every beam's prompt has the same tokens as without beams, including the crops of two images in order."""
     inputs = batch(processor, do_pan_and_scan=True)
     with gemmas_inputs(model) as seen:
         generate(model, inputs)
@@ -226,7 +214,7 @@ def test_beams_keep_the_images_of_a_prompt_together(model, processor):
     torch.testing.assert_close(seen[0], prompts.repeat_interleave(3, dim=0), **FLOAT32_TOLERANCE)
 
 
-def test_both_encoders_run_once_a_generate(model, processor):
+def test_both_encoders_run_once_per_generate(model, processor):
     runs = []
     for part in (model.model.vision_tower, model.model.world_encoder):
         part.register_forward_hook(lambda module, args, output: runs.append(type(module).__name__))
@@ -234,20 +222,20 @@ def test_both_encoders_run_once_a_generate(model, processor):
     assert sorted(runs) == ["SiglipVisionModel", "TheWorldEncoder"]
 
 
-def test_chunked_prefill_takes_whole_blocks_and_says_so(model, processor):
+def test_chunked_prefill_rejects_splitting_a_block(model, processor):
     inputs = processor(text=f"<world>{QUESTION}", images=photos(1), return_tensors="pt")
     last = int((inputs["token_type_ids"] == 1).nonzero()[-1, 1])
     chunks = version.parse(transformers.__version__) >= version.parse("5.23")
     if chunks:
         assert torch.equal(generate(model, inputs, prefill_chunk_size=last + 2), generate(model, inputs))
-    with pytest.raises(ValueError, match="ends inside an image's block" if chunks else "places"):
+    with pytest.raises(ValueError, match="ends inside a bidirectional image block" if chunks else "placeholders"):
         generate(model, inputs, prefill_chunk_size=last - 3)
 
 
-def test_flash_attention_is_refused_where_it_would_read_a_block_as_if_it_were_text(model, processor):
-    """Of a mask it is told the padding only."""
+def test_flash_attention_is_rejected_for_bidirectional_blocks(model, processor):
+    """FlashAttention receives only the padding of a mask."""
     model.config.text_config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="Flash attention reads no image's block both ways"):
+    with pytest.raises(ValueError, match="FlashAttention does not support the bidirectional image blocks"):
         model(**batch(processor))
     for allowed in (batch(processor, vision=False), batch(processor, world=False, vision=False)):
         embeds = model.get_input_embeddings()(allowed["input_ids"])
@@ -255,8 +243,8 @@ def test_flash_attention_is_refused_where_it_would_read_a_block_as_if_it_were_te
         model.create_masks_for_generate(model.config, embeds, *masks)
 
 
-def test_a_second_image_goes_on_from_the_first_ones_cache(model, processor):
-    """Bit for bit is too much to ask: the keys of the past are multiplied in other sizes."""
+def test_a_second_image_continues_from_the_cache(model, processor):
+    """Not bit for bit: the matrix products with the cached keys have other sizes."""
     images = photos(2)
     whole = processor(text=f"<world>{QUESTION}<world>{QUESTION}", images=images, return_tensors="pt")
     first = processor(text=f"<world>{QUESTION}", images=images[0], return_tensors="pt")
@@ -274,7 +262,7 @@ def test_a_second_image_goes_on_from_the_first_ones_cache(model, processor):
 
 
 def hand_made_masks(config, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Masks [batch, 1, S, S] by kind of layer, from what the words say: numbers to add to attention's scores."""
+    """Masks [batch, 1, S, S] by layer type, written by hand from the docs: added to the attention scores."""
     batch_size, length = input_ids.shape
     allowed = torch.zeros(2, batch_size, length, length, dtype=torch.bool)
     for row, prompt in enumerate(input_ids.tolist()):
@@ -293,8 +281,8 @@ def hand_made_masks(config, input_ids: torch.Tensor, attention_mask: torch.Tenso
 
 
 @pytest.mark.parametrize("family", TEXT_CONFIGS)
-def test_world_blocks_read_both_ways_where_the_config_says_so(convert, family):
-    """And a sliding layer's window, 32 positions, cuts what is behind it even inside the block of 64."""
+def test_world_blocks_are_bidirectional_if_configured(convert, family):
+    """A sliding layer's window of 32 positions also applies inside a block of 64."""
     folder = convert(family, "--world-attention", "bidirectional")
     options = {"trust_remote_code": True, "attn_implementation": "eager"}
     model = AutoModel.from_pretrained(folder, **options).eval()
@@ -310,7 +298,7 @@ def test_world_blocks_read_both_ways_where_the_config_says_so(convert, family):
     assert torch.equal(generate(model, inputs), generate(model, inputs, use_cache=False))
 
 
-def test_the_tower_learns_when_it_may(model, processor):
+def test_an_unfrozen_tower_gets_gradients(model, processor):
     inputs = processor(text=f"<world>{QUESTION}", images=photos(1), return_tensors="pt")
     model.train()
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
@@ -332,13 +320,13 @@ def test_weights_arrive_bit_for_bit_and_survive_a_save(gemma, model, processor, 
     assert torch.equal(load_fresh(inputs, tmp_path)[0], logits_of(model, expected))
 
 
-def test_a_new_projector_starts_as_gemma_3_s_does(model):
+def test_a_new_projector_is_initialized_as_in_gemma_3(model):
     fresh = AutoModel.from_config(model.config, trust_remote_code=True).model.multi_modal_projector
     assert not any(parameter.any() for parameter in fresh.parameters())
 
 
 @torch.no_grad()
-def test_encoded_images_stand_in_for_pixels(model, processor):
+def test_encoded_images_replace_pixels(model, processor):
     inputs = batch(processor)
     features = {
         "image": model.get_image_features(inputs["pixel_values"]),
@@ -358,22 +346,22 @@ def test_embeddings_in_place_of_ids_give_the_same(model, processor):
     assert torch.equal(logits_of(model, embedded), logits_of(model, inputs))
 
 
-def test_latents_feed_the_world_alone(model, processor):
+def test_latents_are_for_the_world_only(model, processor):
     inputs = batch(processor, vision=False)
     latents = model.get_world_latents(inputs["pixel_values"])
     from_latents = processor(
         text=TEXTS, world_latents=[[*latents[:2]], [], [latents[2]]], vision=False, padding=True, return_tensors="pt"
     )
     assert torch.equal(logits_of(model, from_latents), logits_of(model, inputs))
-    with pytest.raises(ValueError, match="tower reads no latents"):
+    with pytest.raises(ValueError, match="tower does not read latents"):
         processor(text="<world>", world_latents=latents[:1])
 
 
-def test_a_stream_whose_images_are_missing_is_refused(model, processor):
+def test_a_modality_without_its_images_is_rejected(model, processor):
     inputs = batch(processor)
-    with pytest.raises(ValueError, match="has `<image_soft_token>` places .* Give `vision_pixel_values`"):
+    with pytest.raises(ValueError, match="has `<image_soft_token>` placeholders .* Pass `vision_pixel_values`"):
         model(**{name: tensor for name, tensor in inputs.items() if name != "vision_pixel_values"})
-    with pytest.raises(ValueError, match="has `<world>` places .* Give `pixel_values` or `world_latents`"):
+    with pytest.raises(ValueError, match="has `<world>` placeholders .* Pass `pixel_values` or `world_latents`"):
         model(**without_images(inputs))
     with pytest.raises(
         ValueError,
@@ -388,13 +376,13 @@ def test_a_stream_whose_images_are_missing_is_refused(model, processor):
         (
             torch.zeros(1, 3, 32, 30),
             ValueError,
-            r"must be \[C, 3, 32, 32\] with one image or more, got \[1, 3, 32, 30\]",
+            r"must be \[C, 3, 32, 32\] with at least one image, got \[1, 3, 32, 30\]",
         ),
-        (torch.zeros(0, 3, 32, 32), ValueError, "one image or more"),
+        (torch.zeros(0, 3, 32, 32), ValueError, "at least one image"),
         (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), TypeError, "must be floating point, got torch.uint8"),
     ],
 )
-def test_images_that_the_tower_cannot_read_are_refused(model, pixels, error, message):
+def test_images_that_the_tower_cannot_read_are_rejected(model, pixels, error, message):
     with pytest.raises(error, match=message):
         model.get_vision_features(pixels)
 
@@ -404,42 +392,41 @@ def test_a_model_without_vision_says_so(convert):
     processor = AutoProcessor.from_pretrained(convert("gemma3_text"), trust_remote_code=True)
     with pytest.raises(ValueError, match="no `vision_config`. Convert a Gemma 3 with `--vision`"):
         model.get_vision_features(torch.zeros(1, 3, 32, 32))
-    with pytest.raises(ValueError, match="`vision=True` asks for Gemma 3's own vision"):
+    with pytest.raises(ValueError, match="`vision=True` needs a model with `vision_config`"):
         processor(text="<world>", images=photos(1), vision=True)
-    with pytest.raises(ValueError, match="`do_pan_and_scan` is for Gemma 3's own vision"):
+    with pytest.raises(ValueError, match="`do_pan_and_scan` needs a model with `vision_config`"):
         processor(text="<world>", images=photos(1), do_pan_and_scan=True)
     inputs = processor(text=f"<world>{QUESTION}", images=photos(1), return_tensors="pt")
     encoded = {"vision": BaseModelOutputWithPooling(pooler_output=torch.zeros(1, 64, 64))}
-    with pytest.raises(ValueError, match="Gemma's own tokens of images came, but this model has no places"):
+    with pytest.raises(ValueError, match="Got Gemma's own tokens of images, but this model has no `vision_token_id`"):
         model(**inputs, mm_encoder_outputs=encoded)
 
 
-def test_a_processor_whose_tokenizer_is_not_gemma_3_s_is_refused(convert, processor):
+def test_a_tokenizer_other_than_gemma_3s_is_rejected(convert, processor):
     other = AutoProcessor.from_pretrained(convert("gemma2"), trust_remote_code=True)
     with pytest.raises(ValueError, match="`vision_settings` need Gemma 3's tokenizer"):
         type(other)(other.image_processor, other.tokenizer, vision_settings=processor.vision_settings)
 
 
-def test_a_serving_engine_is_told_that_it_would_miss_a_stream(model):
+def test_serving_engines_reject_a_vision_tower(model):
     with pytest.raises(ValueError, match="A serving engine reads world tokens only"):
         AutoModel.from_config(model.config, trust_remote_code=True, attn_implementation="vllm")
 
 
-def test_the_trainer_says_that_it_reads_world_tokens_alone(processor):
+def test_training_rejects_checkpoints_with_vision(processor):
     with pytest.raises(ValueError, match="Train one that was converted without --vision"):
         ConversationCollator(processor)
 
 
-def test_the_demo_shows_both_streams(checkpoint, tmp_path):
-    arguments = [sys.executable, "demo.py", "assets/scene.png", "what is it?", "--model", str(checkpoint)]
-    arguments += ["--save", str(tmp_path / "demo.png")]
-    output = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+def test_ask_shows_both_modalities(checkpoint, tmp_path):
+    options = ("--model", checkpoint, "--save", tmp_path / "demo.png")
+    output = run_theworld("ask", "assets/scene.png", "what is it?", *options, folder=ROOT)
     assert output.returncode == 0, output.stderr
     assert "<end_of_world>\\n\\n<start_of_image>" in output.stdout and (tmp_path / "demo.png").is_file()
 
 
 @torch.no_grad()
-def test_the_readmes_figure_has_the_shapes_of_both_paths(model, processor):
+def test_the_cards_figure_has_the_right_shapes(model, processor):
     inputs = processor(
         text=f"<world>{QUESTION}", images=photos(1), size={"height": 32, "width": 48}, return_tensors="pt"
     )
@@ -459,30 +446,16 @@ def test_the_readmes_figure_has_the_shapes_of_both_paths(model, processor):
     letters["S"] = inputs["input_ids"].shape[1]
     drawn = dict(re.findall(r"(\w+_\w+|latents|world tokens|image tokens|embeddings) (\([^)]+\))", FIGURE))
     assert {name: eval(shape, {}, letters) for name, shape in drawn.items()} == shapes
-    assert f"M = {Gemma3Config().mm_tokens_per_image} tokens" in README
+    assert f"M = {Gemma3Config().mm_tokens_per_image} tokens" in sentences("README.md")
     for token, count in (("<world>", "N"), ("<image_soft_token>", "M")):
         assert f"{count} x {token}" in FIGURE
         places = inputs["input_ids"] == processor.tokenizer.convert_tokens_to_ids(token)
         assert places.sum() == letters[count]
 
 
-@pytest.mark.parametrize("snippet", re.findall(r"^```python\n(.*?)^```", SECTION, flags=re.DOTALL | re.MULTILINE))
-def test_the_readmes_snippet_runs_as_it_stands(checkpoint, tmp_path, monkeypatch, snippet):
-    (tmp_path / "assets").symlink_to(ROOT / "assets")
-    (tmp_path / "my-theworld").symlink_to(checkpoint)
-    monkeypatch.chdir(tmp_path)
-    namespace = {}
-    exec(snippet, namespace)
-    names = {name: set(namespace[name]) for name in ("both", "world", "vision", "neither")}
-    assert names["both"] - names["neither"] == {"pixel_values", "vision_pixel_values"}
-    assert names["world"] - names["neither"] == {"pixel_values"}
-    assert names["vision"] - names["neither"] == {"vision_pixel_values"}
-    assert namespace["output"].shape[1] > namespace["both"]["input_ids"].shape[1]
-
-
-def test_only_a_multimodal_gemma_3_has_a_vision_to_keep(sources, tmp_path, capsys):
+def test_vision_needs_a_multimodal_gemma_3(sources, tmp_path, capsys):
     arguments = ["--vae", str(sources / "pipeline"), "--gemma", str(sources / "gemma2"), "--vision"]
-    assert main([*arguments, "--output", str(tmp_path / "out")]) == 1
+    assert main([*arguments, "--output-dir", str(tmp_path / "out")]) == 1
     assert (
         "--vision keeps the tower of a Gemma3ForConditionalGeneration, got Gemma2ForCausalLM"
         in capsys.readouterr().err
@@ -506,17 +479,17 @@ def test_keys_of_a_gemma_kept_whole(key, name):
 
 def test_the_report_counts_the_vision_that_was_kept(sources, gemma_folder, gemma, tmp_path, capsys):
     arguments = ["--vae", str(sources / "pipeline"), "--gemma", str(gemma_folder), "--image-size", "64"]
-    assert main([*arguments, "--vision", "--output", str(tmp_path / "whole")]) == 0
+    assert main([*arguments, "--vision", "--output-dir", str(tmp_path / "whole")]) == 0
     parts = (gemma.model.vision_tower, gemma.model.multi_modal_projector)
     count = sum(parameter.numel() for part in parts for parameter in part.parameters())
     printed = capsys.readouterr().out
-    row = next(line for line in printed.splitlines() if line.startswith("Gemma's own vision"))
+    row = next(line for line in printed.splitlines() if line.startswith("Gemma's vision tower"))
     assert row.split()[-2:] == [f"{count:,}", f"{2 * count:,}"]
     whole = AutoModel.from_pretrained(tmp_path / "whole", trust_remote_code=True)
     assert {parameter.dtype for parameter in whole.parameters()} == {torch.bfloat16}
 
-    assert main([*arguments, "--output", str(tmp_path / "blind")]) == 0
-    assert "Gemma's own vision" not in capsys.readouterr().out
+    assert main([*arguments, "--output-dir", str(tmp_path / "blind")]) == 0
+    assert "Gemma's vision tower" not in capsys.readouterr().out
     blind = AutoModel.from_pretrained(tmp_path / "blind", trust_remote_code=True)
     assert blind.config.vision_config is None
     kept = {name for name, _ in whole.named_parameters() if "vision_tower" not in name and "multi_modal" not in name}
@@ -536,18 +509,18 @@ GOOD_FIELDS = {
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"vision_config": {"model_type": "clip_vision_model"}}, "must be a 'siglip_vision_model' beside"),
-        ({"text_config": TEXT_CONFIGS["gemma2"]}, "got 'siglip_vision_model' beside 'gemma2'"),
+        ({"vision_config": {"model_type": "clip_vision_model"}}, "must be a 'siglip_vision_model' with"),
+        ({"text_config": TEXT_CONFIGS["gemma2"]}, "got 'siglip_vision_model' with 'gemma2'"),
         ({"mm_tokens_per_image": 60}, "square of a divisor of the tower's 16 patches a side, got 60"),
         ({"mm_tokens_per_image": 9}, "square of a divisor of the tower's 16 patches a side, got 9"),
         ({"mm_tokens_per_image": 0}, "square of a divisor"),
-        ({"boi_token_id": None}, r"must be different ids below the vocabulary's 512, got .* 'boi_token_id': None"),
-        ({"vision_token_id": 7}, r"different ids .* 'vision_token_id': 7"),
-        ({"eoi_token_id": 512}, "different ids"),
+        ({"boi_token_id": None}, r"must be different and below the vocabulary size 512, got .* 'boi_token_id': None"),
+        ({"vision_token_id": 7}, r"different and below .* 'vision_token_id': 7"),
+        ({"eoi_token_id": 512}, "different and below the vocabulary size"),
         ({"world_attention": "both"}, "world_attention"),
     ],
 )
-def test_fields_that_do_not_fit_are_refused(fields, message):
+def test_fields_that_do_not_fit_are_rejected(fields, message):
     config = TheWorldConfig(**GOOD_FIELDS)
     assert config.vision_config.model_type == "siglip_vision_model" and config.has_bidirectional_blocks
     with pytest.raises((ValueError, StrictDataclassError), match=message):
@@ -555,14 +528,22 @@ def test_fields_that_do_not_fit_are_refused(fields, message):
 
 
 def test_a_gemma_in_the_hubs_layout_converts_the_same(sources, gemma_folder, checkpoint, processor, tmp_path):
-    """Google's repos hold the image processor's settings in a file of their own, crops left open."""
+    """Google's repos have the image processor's settings in a separate file, without those of crops."""
     shutil.copytree(gemma_folder, tmp_path / "hub")
     settings = json.loads((tmp_path / "hub" / "processor_config.json").read_text())["image_processor"]
     open_ones = {name: None for name in settings if "pan_and_scan" in name or name == "do_convert_rgb"}
     (tmp_path / "hub" / "preprocessor_config.json").write_text(json.dumps({**settings, **open_ones}))
     (tmp_path / "hub" / "processor_config.json").write_text(json.dumps({"image_seq_length": 64}))
     arguments = ["--vae", str(sources / "pipeline"), "--gemma", str(tmp_path / "hub"), "--image-size", "64"]
-    assert main([*arguments, "--vision", "--output", str(tmp_path / "out")]) == 0
+    assert main([*arguments, "--vision", "--output-dir", str(tmp_path / "out")]) == 0
     inputs = batch(AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True), do_pan_and_scan=True)
     expected = batch(processor, do_pan_and_scan=True)
     assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+
+
+def test_compiled_decoding_gives_the_same_answer(model, processor):
+    check_compiled_decoding(model, batch(processor))
+
+
+def test_a_compiled_model_gives_the_same_logits(model, processor):
+    check_compiled_model(model, batch(processor))
