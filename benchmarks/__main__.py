@@ -1,10 +1,10 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
 """
-Measures everything, and writes `results/benchmarks.json`, `.md` and two plots.
+Runs all benchmarks, and writes `results/benchmarks.json`, `.md` and two plots.
 
     python -m benchmarks
 
-Run it alone: two processes that share the cores slow each other down many times over.
+Run it alone: processes that share cores slow each other down several times.
 """
 
 import json
@@ -36,18 +36,18 @@ def describe_machine() -> str:
 
 
 def as_table(rows: list[dict]) -> str:
-    lines = ["| | against | ratio | spread | ours | theirs | goal | |", "|---|---|---|---|---|---|---|---|"]
+    lines = ["| | baseline | speed-up or cost | range | TheWorld | baseline's | goal | |", f"|{'---|' * 8}"]
     for row in rows:
         spread = " to ".join(f"{end:.2f}" for end in row["spread"])
         ours, theirs = (f"{row[side]:,.{0 if row[side] > 100 else 3}f} {row['unit']}" for side in ("ours", "theirs"))
-        ratio = f"{row['ratio']:.2f} {'x faster' if row['faster'] else 'of it'}"
+        ratio = f"{row['ratio']:.2f}x{' faster' if row['faster'] else ''}"
         cells = (row["what"], row["peer"], ratio, spread, ours, theirs, row["verdict"], row["note"])
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def as_json(row: Row) -> dict:
-    """A row with its measures as medians."""
+    """A row, with medians for its measurements."""
     medians = {side: sorted(getattr(row, side))[len(getattr(row, side)) // 2] for side in ("ours", "theirs")}
     derived = {"ratio": row.ratio, "spread": row.spread, "verdict": row.verdict, "turns": len(row.ours)}
     return asdict(row) | medians | derived

@@ -1,5 +1,5 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
-"""The encoder at its real size, with random weights in float32, against diffusers' `AutoencoderKLWan.encode`."""
+"""Compares the encoder at real size (random weights, float32) with diffusers' `AutoencoderKLWan.encode`."""
 
 from collections.abc import Iterator
 from statistics import median
@@ -14,8 +14,8 @@ from theworld.encoder_theworld import TheWorldEncoder
 from .measure import MEMORY, Row, in_turns, run_fresh, timed
 
 
-# Pixels [B, 3, H, W], or [B, T, 3, H, W] for videos; threads, turns, how many times faster it is to be. One thread is
-# the steadier measure: two wait for each other after every operation, and how long that takes varies.
+# Shape of pixels [B, 3, H, W], or [B, T, 3, H, W] for videos; threads; turns; target speed-up. One thread varies less:
+# two wait for each other after every operation, and that time varies.
 CASES = [
     ((1, 3, 256, 256), 2, 11, 5),
     ((1, 3, 256, 256), 1, 5, 5),
@@ -45,7 +45,7 @@ print((memory("VmHWM") - before) / 1e6)
 
 
 def matrix_rate() -> float:
-    """Operations a second in a large float32 matrix product, as a limit: what this machine can do at best."""
+    """Operations per second in a large float32 matrix product: the limit of this machine."""
     a, b = torch.randn(2, MATRIX_SIDE, MATRIX_SIDE)
     return 2 * MATRIX_SIDE**3 / median(timed(lambda: a @ b) for _ in range(10))
 
@@ -92,4 +92,4 @@ def measure_memory() -> Iterator[Row]:
             for call in ("encoder(images)", "vae.encode(images.unsqueeze(2)).latent_dist.mode()")
         )
         what = f"peak memory of encoding {batch} x {side} px"
-        yield Row(what, "diffusers `encode`", [ours], [theirs], "MB", goal=0.5, note="beside the weights")
+        yield Row(what, "diffusers `encode`", [ours], [theirs], "MB", goal=0.5, note="without the weights")

@@ -1,5 +1,5 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
-"""Prompts with world tokens through Gemma 3 270M (its real config, random weights, float32), and what is not Gemma."""
+"""Times prompts with world tokens in Gemma 3 270M (real config, random weights, float32), and the share of Gemma."""
 
 from collections.abc import Callable
 from statistics import median
@@ -14,7 +14,7 @@ from theworld.modeling_theworld import TheWorldForConditionalGeneration
 from .measure import REPEATS, Row, timed
 
 
-# config.json of google/gemma-3-270m, as far as it is not the default.
+# Fields of google/gemma-3-270m's config.json that differ from the defaults.
 GEMMA = Gemma3TextConfig(
     vocab_size=262_144,
     hidden_size=640,
@@ -46,7 +46,7 @@ def make_model(latent_merge_size: int) -> TheWorldForConditionalGeneration:
 
 
 class Prompt:
-    """An image and a question about it, read step by step by the model; and clocks on what Gemma does of that."""
+    """An image and a question in single steps, with clocks on the part of Gemma."""
 
     def __init__(self, model: TheWorldForConditionalGeneration):
         self.model = model
@@ -64,7 +64,7 @@ class Prompt:
         self.in_gemma += seconds
 
     def timed(self, call: Callable) -> tuple[float, float]:
-        """Seconds of a call, and those of them that Gemma took."""
+        """Seconds of a call, and the part of them in Gemma."""
         self.in_gemma = 0.0
         return timed(call), self.in_gemma
 
@@ -92,7 +92,7 @@ Stages = dict[str, dict[str, float]]
 
 @torch.no_grad()
 def measure_language() -> tuple[list[Row], Stages]:
-    """The rows, and where the time of an answer goes: world tokens -> stage -> seconds."""
+    """The rows, and the seconds of each stage of an answer, by the number of world tokens."""
     stages, prompts, prefills = {}, {}, {}
     rows = []
     for merge in (1, 2):

@@ -1,5 +1,5 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
-"""Converting, loading, processing, importing: against doing as much with the bytes, and nothing else."""
+"""Compares converting, loading, processing and importing with the minimal work on the same bytes."""
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, Gemma2Config
 
-from theworld.convert_weights import Source, convert
+from theworld.checkpoints.sources import Source
+from theworld.convert_weights import convert
 
 from .measure import MEMORY, REPEATS, Row, in_turns, run_fresh
 from .sources import ROOT, make_sources
@@ -47,13 +48,13 @@ model.generate(**inputs, max_new_tokens=1)
 
 
 def touch(tensors: Iterable[torch.Tensor]) -> None:
-    """Reads every number, because tensors of a mapped file cost nothing before."""
+    """Reads every number, because a memory-mapped file is only read on access."""
     for tensor in tensors:
         tensor.sum()
 
 
 def measure_files() -> Iterator[Row]:
-    """A VAE and a Gemma 2 2B of real size, in bfloat16."""
+    """Files of real size: a VAE and a Gemma 2 2B, in bfloat16."""
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_sources(folder, Gemma2Config())
@@ -101,8 +102,8 @@ def measure_processing() -> Iterator[Row]:
     yield Row("image to `pixel_values`, 512 px", "PIL's decoding and resizing", *times, goal=1.2)
     places = processor.image_token * 4096
     times = in_turns(lambda: processor.tokenizer(places), lambda: processor.tokenizer(places[: len(places) // 16]))
-    note = "16 if linear; asked is under 10 ms"
-    yield Row("tokenise 4096 `<world>`", "256 of them", *times, note=note)
+    note = "16 if linear; the requirement is under 10 ms"
+    yield Row("tokenize 4096 `<world>`", "256 of them", *times, note=note)
 
 
 def measure_start() -> Iterator[Row]:

@@ -1,5 +1,5 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
-"""How things are measured: side by side, in turns, and told as ratios."""
+"""Measures two calls alternately, and reports ratios."""
 
 import subprocess
 import sys
@@ -15,14 +15,14 @@ REPEATS = 5
 @dataclass(frozen=True)
 class Row:
     """
-    A line of the table: measures of ours and of a peer, pairs that were taken one right after the other.
+    A row of the table: measurements of TheWorld and of a baseline, taken in pairs.
 
     Args:
-        what, peer: What was measured, and against what.
-        ours, theirs: The measures, in `unit`.
-        goal: The least or the greatest ratio asked for; None where none is.
-        faster: Whether the ratio is how many times faster than the peer, or else what part of the peer's cost.
-        note: What else is to be known of it, such as its limit.
+        what, peer: Names of the measured task and of the baseline.
+        ours, theirs: The measurements, in `unit`.
+        goal: The required ratio, a minimum if `faster`, else a maximum; None for no goal.
+        faster: Whether the ratio is the speed-up over the baseline, or the cost relative to it.
+        note: A remark, such as a limit.
     """
 
     what: str
@@ -41,7 +41,7 @@ class Row:
 
     @property
     def spread(self) -> tuple[float, float]:
-        """The least and the greatest ratio of a pair."""
+        """The smallest and the largest ratio of a pair."""
         ratios = [t / o if self.faster else o / t for o, t in zip(self.ours, self.theirs, strict=True)]
         return min(ratios), max(ratios)
 
@@ -55,7 +55,7 @@ class Row:
 
 
 def in_turns(ours: Callable, theirs: Callable, repeats: int = REPEATS) -> tuple[list[float], list[float]]:
-    """Seconds of two calls, made in turns."""
+    """Seconds of two calls, measured alternately."""
     seconds = [(timed(ours), timed(theirs)) for _ in range(repeats)]
     return [pair[0] for pair in seconds], [pair[1] for pair in seconds]
 
@@ -66,7 +66,7 @@ def timed(call: Callable) -> float:
     return perf_counter() - start
 
 
-# For code in a fresh process: bytes by the kernel's count, such as VmHWM, the most that was ever resident.
+# For code in a new process: bytes in a line of /proc/self/status, such as VmHWM, the peak resident memory.
 MEMORY = """
 def memory(line):
     return int(next(entry for entry in open("/proc/self/status") if entry.startswith(line)).split()[1]) * 1024
@@ -74,6 +74,6 @@ def memory(line):
 
 
 def run_fresh(code: str) -> str:
-    """What code prints that runs in a new Python process."""
+    """The output of code in a new Python process."""
     command = [sys.executable, "-W", "ignore", "-c", code]
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout

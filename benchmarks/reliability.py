@@ -1,15 +1,15 @@
+# Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
 """
-Tries what should break TheWorld, and writes down what was tried and what held (`make reliability`).
+Stress tests (`make reliability`): counts the cases that held, in `results/reliability.json` and `.md`.
 
-    python tests/reliability.py bad_inputs
-    python tests/reliability.py web .venv-web/bin/python
+    python -m benchmarks.reliability bad_inputs
+    python -m benchmarks.reliability web .venv-web/bin/python
 
-One part at a time, each with a Python that has its libraries; what was found of the others stays. The tests try the
-same, at fewer moments.
+Runs one part, a server with the given Python; the results of other parts are kept. The tests try the same with fewer
+cases.
 """
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -20,14 +20,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import PIL
-from test_determinism import THREADS, answer
-from test_files import kill
 from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor
 
 from benchmarks.__main__ import describe_machine
 from tests.helpers.bad_inputs import BAD_INPUTS, Given, damaged_files, read_file
 from tests.helpers.checkpoints import TEXT_CONFIGS, make_gemma, make_multimodal_gemma, make_pipeline
+from tests.helpers.generation import THREADS, answer
+from tests.helpers.kill_process import kill
 from tests.helpers.load_test import AT_ONCE
 from tests.helpers.training_runs import write_conversations
 from theworld import convert_weights
@@ -47,13 +47,13 @@ def make_sources(folder: Path) -> tuple[Path, Path]:
 
 
 def convert_small(vae: Path, gemma: Path, output: Path, *options: str) -> None:
-    sources = ["--vae", str(vae), "--gemma", str(gemma), "--output", str(output)]
+    sources = ["--vae", str(vae), "--gemma", str(gemma), "--output-dir", str(output)]
     if convert_weights.main([*sources, "--image-size", "64", "--dtype", "float32", *options]) != 0:
         raise SystemExit(1)
 
 
 def load_given(folder: Path) -> Given:
-    """Small checkpoints, without Gemma 3's own vision and with it."""
+    """Small checkpoints, without and with Gemma 3's vision tower."""
     vae, gemma = make_sources(folder)
     convert_small(vae, gemma, folder / "checkpoint")
     convert_small(vae, make_multimodal_gemma(folder / "gemma3"), folder / "with_vision", "--vision")
@@ -61,7 +61,7 @@ def load_given(folder: Path) -> Given:
 
 
 def try_bad_inputs(folder: Path) -> dict[str, Any]:
-    """Each row of the table."""
+    """All rows of the table of bad inputs."""
     given = load_given(folder)
     held = 0
     for row in tqdm(BAD_INPUTS, desc="bad inputs"):
@@ -70,7 +70,7 @@ def try_bad_inputs(folder: Path) -> dict[str, Any]:
             held += 1
         except AssertionError as error:
             print(f"{row.name}: {error}")
-    return {"what": "bad inputs, read as meant or refused in words", "tried": len(BAD_INPUTS), "held": held}
+    return {"what": "bad inputs, accepted or clearly rejected", "tried": len(BAD_INPUTS), "held": held}
 
 
 def try_damaged_files(folder: Path) -> dict[str, Any]:
@@ -82,23 +82,24 @@ def try_damaged_files(folder: Path) -> dict[str, Any]:
             held += 1
         except AssertionError as error:
             print(error)
-    return {"what": "damaged files, read or refused in words", "tried": len(files), "held": held}
+    return {"what": "damaged files, read or clearly rejected", "tried": len(files), "held": held}
 
 
 def try_conversions(folder: Path) -> dict[str, Any]:
     report = kill("conversions", *make_sources(folder), folder / "converted" / "out", KILLS["conversions"])
-    what = "conversions killed, the old or the new folder whole"
+    what = "conversions killed, the old or the new folder complete"
     return {"what": what, "tried": report["killed"], "held": report["survived"]}
 
 
 def try_trainings(folder: Path) -> dict[str, Any]:
     data = write_conversations(folder / "data")
     report = kill("trainings", ROOT, data, folder / "runs" / "run", KILLS["trainings"])
-    return {"what": "trainings killed, each checkpoint whole", "tried": report["killed"], "held": report["survived"]}
+    what = "trainings killed, each checkpoint complete"
+    return {"what": what, "tried": report["killed"], "held": report["survived"]}
 
 
 def try_threads(folder: Path) -> dict[str, Any]:
-    """Questions to the bundled model from many threads, against the answers that each gets alone."""
+    """Questions to the bundled model from many threads, compared with the answers in one thread."""
     model = AutoModel.from_pretrained(ROOT, trust_remote_code=True).eval()
     processor = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
     scenes = (draw_scene(seed) for seed in SPLITS["test"])
@@ -108,14 +109,14 @@ def try_threads(folder: Path) -> dict[str, Any]:
     with ThreadPoolExecutor(THREADS) as pool:
         together = list(pool.map(lambda each: answer(model, processor, each), asked))
     held = sum(one == other for one, other in zip(alone, together, strict=True))
-    return {"what": f"answers to {THREADS} threads that share a model, as alone", "tried": QUESTIONS, "held": held}
+    what = f"answers to {THREADS} threads that share a model, equal to those of one"
+    return {"what": what, "tried": QUESTIONS, "held": held}
 
 
 def try_server(server: str, title: str, python: str) -> dict[str, Any]:
-    """Loads a server, in the environment that has it."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "PYTHONWARNINGS": "ignore"}
-    command = [python, ROOT / "tests" / "load.py", server, str(REQUESTS)]
-    finished = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    """Many requests to a server, which runs in the environment of `python`."""
+    command = [python, "-W", "ignore", "-m", "tests.helpers.load_test", server, str(REQUESTS)]
+    finished = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     report = json.loads(finished.stdout.splitlines()[-1])
     return {"what": f"requests to {title} ({report['version']}), {AT_ONCE} at once", **report}
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
-"""What convert_weights.py is given, at real size: random weights, a tokenizer as large as Gemma's."""
+"""Writes sources for a conversion at real size: random weights, and a tokenizer as large as Gemma's."""
 
 import itertools
 import json
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def fill_with_noise(module: torch.nn.Module) -> torch.nn.Module:
-    """Fills a module from the meta device with repeated bfloat16 noise, which is much faster than fresh noise."""
+    """Fills a module on the meta device with repeated bfloat16 noise, which is much faster than new noise."""
     module = module.to(torch.bfloat16).to_empty(device="cpu")
     noise = torch.randn(2**20, generator=torch.Generator().manual_seed(0)) * 0.02
     for tensor in module.parameters():
@@ -27,7 +27,7 @@ def fill_with_noise(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def make_large_tokenizer() -> GemmaTokenizer:
-    """A Gemma tokenizer of Gemma 2's dimensions: 256,000 entries, 480,000 merges, a tokenizer.json of 30 MB."""
+    """A Gemma tokenizer of Gemma 2's size: 256,000 entries, 480,000 merges, a tokenizer.json of 30 MB."""
     bundled = json.loads((ROOT / "tokenizer.json").read_text())["model"]["vocab"]
     unused = {token: f"<unused{number}>" for number, token in enumerate(TheWorldProcessor.world_tokens)}
     letters = string.ascii_letters + string.digits
@@ -42,7 +42,7 @@ def make_large_tokenizer() -> GemmaTokenizer:
 
 
 def make_sources(folder: Path, text_config: PreTrainedConfig) -> None:
-    """Writes `vae`, in diffusers' format, and `gemma`, in transformers', its files of 2 GB at most."""
+    """Writes `vae` in diffusers' format, and `gemma` in transformers' format with files of up to 2 GB."""
     with torch.device("meta"):
         vae, gemma = AutoencoderKLWan(), AutoModelForCausalLM.from_config(text_config)
     fill_with_noise(vae).save_pretrained(folder / "vae")

@@ -1,6 +1,6 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
 """
-Steps of train.py from latents against steps from pixels, on the bundled model, in turns in one process.
+Compares training steps from latents and from pixels, on the bundled model, alternately in one process.
 
     python -m benchmarks.training
 
@@ -24,7 +24,7 @@ STEPS = 20
 
 
 def seconds(dataset: Path, output: Path, parts: str) -> float:
-    """Seconds of a run of train.py's steps, loading and saving apart."""
+    """Seconds of the training steps of a run, without loading and saving."""
     options = {
         "model": ROOT,
         "dataset": dataset,
@@ -40,7 +40,9 @@ def seconds(dataset: Path, output: Path, parts: str) -> float:
         "disable_tqdm": True,
     }
     with contextlib.redirect_stdout(io.StringIO()):
-        run = train.main([word for name, value in options.items() for word in (f"--{name}", str(value))])
+        run = train.train_and_save(
+            train.prepare([word for name, value in options.items() for word in (f"--{name}", str(value))])
+        )
     return next(entry["train_runtime"] for entry in run.state.log_history if "train_runtime" in entry)
 
 

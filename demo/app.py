@@ -1,15 +1,13 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
 """
-A web page to ask the model in this folder about pictures; Spaces looks for a file of this name.
+A web page that answers questions about pictures with the bundled model: the command `theworld app` (extra `web`).
 
-    pip install -e ".[web]"
-    python app.py
-
-It answers on the loopback only, unless `GRADIO_SERVER_NAME` says otherwise, as it does on Spaces.
+It listens on the loopback address only, unless `GRADIO_SERVER_NAME` is set, as it is on Spaces.
 """
 
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -31,14 +29,15 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from transformers import AutoModel, AutoProcessor, BatchFeature, TextIteratorStreamer
 
+from theworld.cli import ArgumentParser, run_command
 from theworld.demo.ask import BUNDLED
 from theworld.demo.attention import attention_to_world, overlay_attention
 from theworld.evaluation.scenes import SPLITS, draw_scene
 from theworld.images_theworld import read_image
 
 
-# What one who asks may use of the machine: a request with the files in it, a picture, a question, an answer's time;
-# and all together: how many wait, how many conversations are kept, and how long, with their files.
+# Limits of one request: its bytes with all files, a question's characters, an answer's seconds, and below, pixels.
+# Limits of all requests together: how many wait, how many conversations are kept, and how long, with their files.
 MAX_BYTES = 5_000_000
 MAX_CHARACTERS = 1000
 MAX_SECONDS = 60
@@ -46,10 +45,10 @@ MAX_WAITING = 64
 MAX_KEPT = 100
 KEPT_SECONDS = 3600
 Image.MAX_IMAGE_PIXELS = 2**24
-# The page's own folder for what is uploaded or drawn here. Gradio gives each file a name that nobody else can guess.
+# The page's folder for uploaded and drawn files. Gradio gives each file a name that nobody else can guess.
 uploads = TemporaryDirectory(prefix="theworld-", dir=os.environ.get("GRADIO_TEMP_DIR"))
 UPLOADS = os.environ["GRADIO_TEMP_DIR"] = os.path.realpath(uploads.name)
-# The only endpoints of Gradio that take something from the page or from a client.
+# The only endpoints of Gradio that accept input from the page or from a client.
 ENDPOINTS = ("upload", "queue/join", "call/ask", "call/v2/ask", "cancel", "reset")
 CSS = """
 .gradio-container {max-width: 1180px !important; margin: auto !important}
@@ -74,7 +73,7 @@ THEME = gr.themes.Default().set(
     input_placeholder_color="*neutral_500",
     input_placeholder_color_dark="*neutral_400",
 )
-# Gradio gives both chats one name, reads a bubble's entities out, and pastes a picture only by its button.
+# Gradio gives both chats the same name, reads HTML entities aloud, and pastes pictures only with its button.
 SCRIPT = """
 () => {
     const names = {"#with": "Answers with world tokens", "#without": "Answers without world tokens"};
@@ -99,14 +98,14 @@ SCRIPT = """
 }
 """
 
-# Eager attention gives the weights for the overlay; set here, because all who ask share the model.
+# Eager attention returns the weights that the overlay needs. It is set once, because all requests share the model.
 model = AutoModel.from_pretrained(BUNDLED, trust_remote_code=True, attn_implementation="eager").eval()
 processor = AutoProcessor.from_pretrained(BUNDLED, trust_remote_code=True)
 
 
 @dataclass
 class Turn:
-    """A question, its answer from the world tokens, and without them; the latter is None where nobody asked for it."""
+    """A question, its answer with world tokens, and its answer without them: None if that was not asked for."""
 
     question: str
     answer: str = ""
@@ -115,14 +114,14 @@ class Turn:
 
 @dataclass
 class Conversation:
-    """The finished turns about a picture of this identity, whose `latents` [1, z, h, w] serve all of them."""
+    """The finished turns about the picture with this hash, whose `latents` [1, z, h, w] serve all of them."""
 
     picture: str | None = None
     latents: torch.Tensor | None = None
     turns: list[Turn] = field(default_factory=list)
 
     def messages(self, blind: bool = False) -> list[dict]:
-        """All turns, with the answers from the world tokens or those without."""
+        """All turns, with the answers with world tokens, or those without if `blind`."""
         messages = []
         for turn in self.turns:
             if (answer := turn.blind_answer if blind else turn.answer) is not None:
@@ -131,7 +130,7 @@ class Conversation:
 
 
 def is_uploaded(path: Any) -> bool:
-    """Whether a client names a file of `UPLOADS`, in the one way in which Gradio names it to clients."""
+    """Whether `path` is a file in `UPLOADS`, written exactly as Gradio gives it to clients."""
     return (
         isinstance(path, str)
         and "\0" not in path
@@ -141,7 +140,7 @@ def is_uploaded(path: Any) -> bool:
 
 
 def paths_in(value: Any) -> Iterator[Any]:
-    """What a request's JSON gives as the path of a file, however deep in it."""
+    """All values of `path` in a request's JSON, at any depth."""
     if isinstance(value, dict) and value.get("path") is not None:
         yield value["path"]
     if isinstance(value, dict | list):
@@ -151,9 +150,9 @@ def paths_in(value: Any) -> Iterator[Any]:
 
 class Gate:
     """
-    Refuses requests before Gradio reads them: to endpoints that the page does not need; larger than `MAX_BYTES`,
-    however many files they have, or of unknown size; and those that name a file which was not uploaded here. Gradio
-    itself checks the paths only in payloads that carry its own mark, and fetches URLs that are given as paths.
+    Rejects requests before Gradio reads them: to endpoints that the page does not need; larger than `MAX_BYTES`,
+    with any number of files, or of unknown size; and those that name a file which was not uploaded. Gradio itself
+    checks paths only in payloads with its own mark, and downloads URLs that are given as paths.
     """
 
     def __init__(self, app: ASGIApp):
@@ -180,11 +179,13 @@ def refuse_post(request: Request, endpoint: str) -> Response | None:
         return PlainTextResponse("This page has no such endpoint.", status_code=404)
     if not length.isdigit() or int(length) > MAX_BYTES:
         return PlainTextResponse(f"A request may have {MAX_BYTES:,} bytes.", status_code=413)
+    return None
 
 
 def refuse_download(endpoint: str) -> Response | None:
     if endpoint.startswith("file=") and not is_uploaded(endpoint.removeprefix("file=")):
         return PlainTextResponse("Only files that were uploaded here are served.", status_code=403)
+    return None
 
 
 def refuse_paths(body: bytes) -> Response | None:
@@ -196,10 +197,11 @@ def refuse_paths(body: bytes) -> Response | None:
         return PlainTextResponse(
             "A file's path must be one that `/gradio_api/upload` answered. Upload the file first.", status_code=403
         )
+    return None
 
 
 def replay(body: bytes, receive: Receive) -> Receive:
-    """Gives a body that was read already, and then what else comes."""
+    """Gives a body that was already read, and then all later messages."""
     messages = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive_again() -> Message:
@@ -210,14 +212,14 @@ def replay(body: bytes, receive: Receive) -> Receive:
 
 @dataclass
 class Scene:
-    """A drawn picture's identity, and the right answers to its own questions."""
+    """The hash of a drawn picture, and the right answers to its own questions."""
 
     picture: str
     answers: dict[str, str]
 
 
 class Visit:
-    """How many questions a page has asked, which of them awaits its answer (0: none), and when the last one ended."""
+    """How many questions a page has asked, which of them awaits its answer (0: none), and the end of the last one."""
 
     asked: int = 0
     awaited: int = 0
@@ -225,7 +227,7 @@ class Visit:
 
 
 class TimedStreamer(TextIteratorStreamer):
-    """The answer's text in pieces, and when each of its tokens came."""
+    """The answer's text in pieces, and the time of each token."""
 
     def __init__(self):
         super().__init__(processor.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=MAX_SECONDS)
@@ -255,7 +257,7 @@ def encode(picture: Image.Image) -> torch.Tensor:
 
 
 def make_inputs(messages: list[dict], question: str, latents: torch.Tensor | None) -> BatchFeature:
-    """The conversation as the model reads it, the picture, if there is one, before the first question."""
+    """The conversation as input tensors; the picture, if there is one, is before the first question."""
     messages = [*messages, {"role": "user", "content": question}]
     turns = [{"role": each["role"], "content": [{"type": "text", "text": each["content"]}]} for each in messages]
     if latents is not None:
@@ -271,7 +273,7 @@ def make_inputs(messages: list[dict], question: str, latents: torch.Tensor | Non
 
 
 def stream(inputs: BatchFeature) -> Iterator[tuple[str, TimedStreamer]]:
-    """Yields the answer so far, and its times, at each piece and at the end; raises what `generate` does."""
+    """Yields the answer so far, and its times, at each piece and at the end; raises the errors of `generate`."""
     streamer, gone, answer = TimedStreamer(), Event(), ""
     options = {"streamer": streamer, "max_time": MAX_SECONDS, "stopping_criteria": [lambda *_: gone.is_set()]}
     with ThreadPoolExecutor(1) as pool:
@@ -281,14 +283,14 @@ def stream(inputs: BatchFeature) -> Iterator[tuple[str, TimedStreamer]]:
             for piece in filter(None, streamer):
                 answer += piece
                 yield answer.strip(), streamer
-        finally:  # also when who asked has left
+        finally:  # also when the client has left
             gone.set()
     answering.result()
     yield answer.strip(), streamer
 
 
 def read_picture(upload: dict) -> Image.Image:
-    """As `read_image`, of a file as Gradio describes it in its `path`; errors name it as its owner did."""
+    """`read_image` of the file in `path`, as Gradio describes an upload; errors use the name that the user gave."""
     file, name = upload["path"], Path(upload["path"]).name
     if not Path(file).is_file():
         raise ValueError(f"{name!r} is no longer kept here. Give the picture again.")
@@ -298,8 +300,8 @@ def read_picture(upload: dict) -> Image.Image:
         raise ValueError(str(error).replace(file, name).replace(f"{file[:50]}...", name)) from None
 
 
-def identity(picture: Image.Image) -> str:
-    """What pictures of the same pixels, mode and shape share."""
+def picture_hash(picture: Image.Image) -> str:
+    """A SHA-256 hash of a picture's pixels, mode and shape."""
     return sha256(f"{picture.mode} {picture.size} ".encode() + picture.tobytes()).hexdigest()
 
 
@@ -308,19 +310,19 @@ def ask(picture: dict | None, question: str, compare: bool, talk: Conversation, 
     Answers about an uploaded picture with world tokens, then, if `compare`, without.
 
     Args:
-        picture: The uploaded file, as Gradio describes it. It is read here: Gradio's own reading makes what is
-            transparent black, and all above 255 in 16 bits white.
-        question: What is asked about it.
+        picture: The uploaded file, as Gradio describes it. It is read here, because Gradio's reader turns transparent
+            pixels black, and 16-bit values above 255 white.
+        question: The question about it.
         compare: Whether to answer without world tokens, too.
-        talk: The session's conversation. It goes on if the picture is the same, and begins anew if not.
+        talk: The session's conversation. It continues if the picture is the same, and starts again if not.
         scene: The scene that the page drew last.
 
     Yields:
-        What `shown` returns, as it comes.
+        What `shown` returns, for each piece of the answer.
 
     Raises:
-        gr.Error: If there is no picture or question, or one that the reader, the processor or the model refuses; the
-            conversation is then as it was.
+        gr.Error: If there is no picture or question, or one that the reader, the processor or the model rejects. The
+            conversation is unchanged then.
     """
     try:
         if not (picture and picture["path"] and isinstance(question, str) and question.strip()):
@@ -333,9 +335,9 @@ def ask(picture: dict | None, question: str, compare: bool, talk: Conversation, 
 
 
 def answer(picture: Image.Image, question: str, compare: bool, talk: Conversation, scene: Scene) -> Iterator[tuple]:
-    """As `ask`; raises a `ValueError` for what the processor or the model cannot read."""
+    """As `ask`; raises a `ValueError` for input that the processor or the model cannot read."""
     encoding, before = "the picture's latents kept", talk
-    if talk.picture != (asked := identity(picture)):
+    if talk.picture != (asked := picture_hash(picture)):
         started = perf_counter()
         before = talk = Conversation(asked, encode(picture))
         encoding = f"{(perf_counter() - started) * 1000:.0f} ms to encode the picture"
@@ -351,7 +353,7 @@ def answer(picture: Image.Image, question: str, compare: bool, talk: Conversatio
     for turn.answer, times in stream(inputs):
         yield shown(talk, None, f"{note}{times}{expected}", kept=before)
     with TemporaryDirectory() as folder:
-        # A file, which Gradio copies. A picture it would write over the same one, even while that is being served.
+        # A file, which Gradio copies. It writes a picture over an equal one, even while that is being served.
         overlay = Path(folder) / "look.png"
         overlay_attention(picture, attention_to_world(model, inputs)).save(overlay)
         yield shown(talk, overlay, f"{note}{times}{expected}", kept=before if compare else talk)
@@ -362,12 +364,12 @@ def answer(picture: Image.Image, question: str, compare: bool, talk: Conversatio
 
 
 def shown(talk: Conversation, overlay: Path | None, note: str, kept: Conversation) -> tuple:
-    """The outputs of `ask`: the conversation to go on from, which has finished turns alone, and what is seen of it."""
+    """The outputs of `ask`: the conversation with its finished turns only, and what is displayed of it."""
     return kept, talk.messages(), talk.messages(blind=True), overlay, note
 
 
 def number_question(visit: Visit) -> int:
-    """The number of a question that the page asks now; 0 while it still awaits another answer."""
+    """The number of the question that the page asks now; 0 while it still awaits another answer."""
     if visit.awaited:
         return 0
     visit.asked += 1
@@ -379,8 +381,8 @@ def ask_here(
     picture: dict | None, question: str, compare: bool, talk: Conversation, scene: Scene, visit: Visit, number: int
 ) -> Iterator[tuple]:
     """
-    `ask` for the page, which shows in words what is refused, and keeps the question to be mended. It ends without a
-    word once the page no longer awaits the answer to the question of this number.
+    `ask` for the page. Errors are shown as text, and leave the question in its box. It ends silently once the page no
+    longer awaits the answer to the question with this number.
     """
     visit.ended = ended = Event()
     try:
@@ -401,10 +403,10 @@ def ask_here(
 
 
 def start_again(picture: dict | None, visit: Visit) -> tuple:
-    """A new conversation for the page, and what the reader says of the picture if it cannot read it."""
+    """A new conversation for the page, and the reader's error if it cannot read the picture."""
     visit.awaited = 0
     if visit.ended:
-        visit.ended.wait(MAX_SECONDS)  # or what an answer showed last would come after what is shown here
+        visit.ended.wait(MAX_SECONDS)  # or the answer's last piece would appear after this
     said = ""
     try:
         if picture and picture["path"]:
@@ -415,7 +417,7 @@ def start_again(picture: dict | None, visit: Visit) -> tuple:
 
 
 def as_text(messages: list[dict]) -> list[dict]:
-    """Messages for a chat on the page, which takes text for HTML even where it does not take it for Markdown."""
+    """Messages for a chat on the page, which reads text as HTML even where it does not read it as Markdown."""
     return [{**each, "content": escape(each["content"] or "(no words)", quote=False)} for each in messages]
 
 
@@ -425,7 +427,7 @@ def refusal(text: str) -> str:
 
 def draw(seed: int) -> tuple[Image.Image, Scene]:
     scene = draw_scene(seed)
-    return scene.image, Scene(identity(scene.image), {each.text: each.answer for each in scene.questions})
+    return scene.image, Scene(picture_hash(scene.image), {each.text: each.answer for each in scene.questions})
 
 
 def draw_another() -> tuple[Image.Image, Scene, gr.Dataset]:
@@ -443,8 +445,8 @@ first_picture, first_scene = draw(SPLITS["test"][0])  # the scene of assets/scen
 with gr.Blocks(title="TheWorld", delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as page:
     gr.Markdown(
         "# TheWorld\nGemma reads pictures through the VAE encoder of the Cosmos world models. This small model was "
-        "trained on drawn scenes and nine kinds of questions about them, and knows nothing else. Clips it reads in "
-        "`demo.py` alone: of an animation, this page takes the first frame."
+        "trained on synthetic scenes and nine kinds of questions about them, and knows nothing else. `theworld ask` "
+        "also reads clips; of an animation, this page takes the first frame."
     )
     talk = gr.State(Conversation(), time_to_live=KEPT_SECONDS)
     scene = gr.State(first_scene, time_to_live=KEPT_SECONDS)
@@ -540,7 +542,9 @@ with gr.Blocks(title="TheWorld", delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as p
         )
 
 
-if __name__ == "__main__":
+def serve(arguments: list[str]) -> None:
+    """The command, with the words of its command line; returns when it is interrupted."""
+    ArgumentParser(prog="theworld app", description="Serve a web page to ask the bundled model.").parse_args(arguments)
     page.queue(max_size=MAX_WAITING).launch(
         max_file_size=MAX_BYTES,
         state_session_capacity=MAX_KEPT,
@@ -552,3 +556,11 @@ if __name__ == "__main__":
         js=SCRIPT,
         app_kwargs={"middleware": [Middleware(Gate)]},
     )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return run_command("theworld app", serve, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

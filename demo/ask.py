@@ -1,15 +1,16 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
 """
-Asks a TheWorld checkpoint about a picture or a clip, and shows what went in, what came out and where the time went.
+Asks a TheWorld checkpoint about a picture or a clip, and prints the inputs, the answers and the time of each stage.
 
-    python demo.py PICTURE "question" ["question" ...]
-    python demo.py CLIP "question" ["question" ...]    an MP4, WebM or other video, or a GIF, WebP or PNG that moves
-    python demo.py --scene SEED     draws a scene and asks its own questions
+    theworld ask PICTURE "question" ["question" ...]
+    theworld ask CLIP "question" ["question" ...]    an MP4, WebM or other video, or an animated GIF, WebP or PNG
+    theworld ask --scene SEED     draws a scene and asks its own questions
 """
 
 import argparse
 import re
 import sys
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,23 +18,27 @@ from time import perf_counter
 
 import torch
 from PIL import Image
-from transformers import AutoModel, AutoProcessor, BatchFeature, PreTrainedModel, ProcessorMixin
+from transformers import AutoModel, AutoProcessor, BatchFeature
 from transformers.generation import BaseStreamer
 
-from theworld.demo.attention import attention_to_world
+from theworld import TheWorldForConditionalGeneration, TheWorldProcessor
+from theworld.cli import ArgumentParser, run_command
+from theworld.demo.attention import attention_to_world, draw_report
 from theworld.evaluation.scenes import Question, draw_scene
 from theworld.images_theworld import read_image
+from theworld.modalities_theworld import MODALITIES, Modality
 from theworld.videos_theworld import is_video, open_clip, open_file
 
 
 # The bundled model is the repo itself.
-BUNDLED = Path(__file__).resolve().parent
-# Of a scene's own questions, so many are asked.
+BUNDLED = Path(__file__).resolve().parents[1]
+# How many of a scene's own questions are asked.
 QUESTIONS_PER_SCENE = 3
+IMAGE, VIDEO = (modality for modality in MODALITIES if modality.kind == "world")
 
 
 class TokenClock(BaseStreamer):
-    """Notes when `generate` hands over the prompt and then each token."""
+    """Records the times at which `generate` passes the prompt and then each token."""
 
     def __init__(self):
         self.times = []
@@ -46,28 +51,15 @@ class TokenClock(BaseStreamer):
 
 
 @dataclass(frozen=True)
-class Modality:
-    """How the model takes images, or videos."""
-
-    name: str
-    pixels: str
-    latents: str
-
-
-IMAGE = Modality("image", "pixel_values", "world_latents")
-VIDEO = Modality("video", "pixel_values_videos", "world_latents_videos")
-
-
-@dataclass(frozen=True)
 class Seen:
     """
-    What is asked about.
+    An image or a video to ask about.
 
     Args:
-        modality: Whether it is an image or a video.
-        given: What the processor reads: a picture, or the path of a clip.
-        picture: It, or a clip's last frame, as it is drawn.
-        num_frames: Frames that a clip has.
+        modality: `IMAGE` or `VIDEO`.
+        given: The processor's input: a picture, or the path of a clip.
+        picture: The picture, or the clip's last frame, for the drawing.
+        num_frames: The clip's frames.
     """
 
     modality: Modality
@@ -100,9 +92,9 @@ class StageTimes(dict):
         return "\n".join(f"  {name:<40}{seconds * 1000:>9.1f} ms" for name, seconds in self.items())
 
 
-def make_inputs(processor: ProcessorMixin, seen: Seen, question: str) -> BatchFeature:
-    """A question about a picture or a clip, as the model reads it."""
-    modality = seen.modality.name
+def make_inputs(processor: TheWorldProcessor, seen: Seen, question: str) -> BatchFeature:
+    """The input tensors of a question about a picture or a clip."""
+    modality = seen.modality.item
     content = [{"type": modality, modality: seen.given}, {"type": "text", "text": question}]
     return processor.apply_chat_template(
         [{"role": "user", "content": content}],
@@ -113,11 +105,12 @@ def make_inputs(processor: ProcessorMixin, seen: Seen, question: str) -> BatchFe
     )
 
 
-def encode(model: PreTrainedModel, processor: ProcessorMixin, seen: Seen) -> torch.Tensor:
+def encode(model: TheWorldForConditionalGeneration, processor: TheWorldProcessor, seen: Seen) -> torch.Tensor:
     """The latents, which all questions share."""
     times = StageTimes()
+    pixel_values, _ = seen.modality.inputs
     with times.stage("process the picture"):
-        pixels = make_inputs(processor, seen, "")[seen.modality.pixels]
+        pixels = make_inputs(processor, seen, "")[pixel_values]
     with times.stage("encode the picture"), torch.no_grad():
         latents = model.get_world_latents(pixels)
     frames = f"{seen.num_frames} frames of " if seen.modality is VIDEO else ""
@@ -128,19 +121,20 @@ def encode(model: PreTrainedModel, processor: ProcessorMixin, seen: Seen) -> tor
 
 
 def ask(
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
+    model: TheWorldForConditionalGeneration,
+    processor: TheWorldProcessor,
     seen: Seen,
     latents: torch.Tensor,
     question: str,
     max_new_tokens: int,
 ) -> tuple[str, BatchFeature]:
-    """Answers a question about a picture by its latents; prints the prompt, the counts, the answer and the times."""
+    """Answers a question about a picture from its latents; prints the prompt, the counts, the answer and the times."""
     times = StageTimes()
+    pixel_values, world_latents = seen.modality.inputs
     with times.stage("process the question"):
         inputs = make_inputs(processor, seen, question)
-        del inputs[seen.modality.pixels]
-        inputs[seen.modality.latents] = latents
+        del inputs[pixel_values]
+        inputs[world_latents] = latents
     prompt = inputs["input_ids"][0]
 
     clock = TokenClock()
@@ -151,10 +145,10 @@ def ask(
     times["  the prompt and the first token"] = first - prompt_time
     times["  each further token"] = (last - first) / max(len(tokens) - 1, 1)
 
-    places = re.compile(f"({processor.image_token}|{processor.video_token})+")
+    placeholders = re.compile(f"({processor.image_token}|{processor.video_token})+")
     text = processor.decode(prompt)
-    shown = places.sub(lambda found: f"{found[1]} x {len(found[0]) // len(found[1])}", text)
-    world_tokens = sum(len(found[0]) // len(found[1]) for found in places.finditer(text))
+    shown = placeholders.sub(lambda found: f"{found[1]} x {len(found[0]) // len(found[1])}", text)
+    world_tokens = sum(len(found[0]) // len(found[1]) for found in placeholders.finditer(text))
     answer = processor.decode(tokens, skip_special_tokens=True).strip()
     print(f"Question  {question}")
     print(f"Answer    {answer}")
@@ -164,18 +158,23 @@ def ask(
     return answer, inputs
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = ArgumentParser(
+        prog="theworld ask",
         description="Ask a TheWorld checkpoint about a picture or a clip.",
         usage="%(prog)s [options] PICTURE QUESTION [QUESTION ...]\n       %(prog)s [options] --scene SEED",
     )
     parser.add_argument("picture", nargs="?", help="a file of an image or of a video")
-    parser.add_argument("questions", nargs="*", metavar="question")
+    parser.add_argument("questions", nargs="*", metavar="question", help="one or more questions about it")
     parser.add_argument("--scene", type=int, metavar="SEED", help="draw this scene, and ask its own questions")
-    parser.add_argument("--model", default=BUNDLED, metavar="FOLDER_OR_REPO", help="instead of the bundled model")
-    parser.add_argument("--save", type=Path, metavar="FILE.png", help="draw the answers and what the model looked at")
-    parser.add_argument("--max-new-tokens", type=int, default=20, metavar="N", help="%(default)s")
-    args = parser.parse_args()
+    parser.add_argument(
+        "--model", default=BUNDLED, metavar="PATH_OR_REPO", help="a checkpoint (default: the bundled model)"
+    )
+    parser.add_argument(
+        "--save", type=Path, metavar="FILE.png", help="draw the picture and the attention of each answer"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=20, metavar="N", help="longest answer (%(default)s)")
+    args = parser.parse_args(arguments)
     if args.scene is not None and args.picture:
         parser.error("a scene comes with its own picture and questions: give --scene alone, or PICTURE and QUESTION")
     if args.scene is None and not args.questions:
@@ -185,11 +184,13 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def read_input(args: argparse.Namespace) -> tuple[Seen, list[Question]]:
-    """What is asked about, and the questions; those of `--scene` come with their answers."""
+def read_input(args: argparse.Namespace) -> tuple[Seen, Sequence[Question]]:
+    """The image or video, and the questions; those of `--scene` have answers."""
     if args.scene is not None:
         scene = draw_scene(args.scene)
         return Seen(IMAGE, scene.image, scene.image), scene.questions[:QUESTIONS_PER_SCENE]
+    if "://" not in args.picture and not Path(args.picture).is_file():
+        raise FileNotFoundError(f"There is no file {args.picture}. Give the path or URL of a picture or a clip.")
     try:
         seen = Seen.read(args.picture)
     except ValueError as error:
@@ -197,18 +198,8 @@ def read_input(args: argparse.Namespace) -> tuple[Seen, list[Question]]:
     return seen, [Question("given", text, "") for text in args.questions]
 
 
-def main() -> int:
-    args = parse_arguments()
-    try:
-        show(args)
-    except (ImportError, OSError, ValueError) as error:
-        print(f"demo.py: error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
 def show(args: argparse.Namespace) -> None:
-    """Answers the questions, and draws what was looked at."""
+    """Answers the questions, and draws the attention to the image if `--save` is given."""
     seen, questions = read_input(args)
     times = StageTimes()
     with times.stage("load the model"):
@@ -231,8 +222,12 @@ def show(args: argparse.Namespace) -> None:
         looks = [(text, answer, attention_to_world(model, inputs)) for text, answer, inputs in answers]
         if seen.modality is VIDEO:
             latents = latents[:, -1]
-        draw(seen.picture, looks, latents).save(args.save)
+        draw_report(seen.picture, looks, latents).save(args.save)
         print(f"\nDrawn in  {args.save}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return run_command("theworld ask", lambda words: show(parse_arguments(words)), arguments)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
-"""A picture of what a model looked at: attention to the world tokens over the image, and the latent's channels."""
+"""Draws the attention to world tokens as an overlay on the image, and the channels of the latent."""
 
 import textwrap
 from collections.abc import Mapping
@@ -22,16 +22,16 @@ INK, PAPER, HEAT = (30, 30, 30), (255, 255, 255), (255, 40, 0)
 @torch.no_grad()
 def attention_to_world(model: PreTrainedModel, inputs: Mapping) -> torch.Tensor:
     """
-    How much the token that decides the first word of the answer attends to each world token.
+    The attention of the last prompt token, which predicts the first token of the answer, to each world token.
 
     Args:
-        model: A TheWorld checkpoint; Gemma's attention becomes "eager", which alone gives weights.
-        inputs: The model's for one prompt, with `world_latents` [1, z, h, w] of its image or `world_latents_videos`
+        model: A TheWorld checkpoint. Sets Gemma's attention to "eager", the only implementation that returns weights.
+        inputs: Model inputs of one prompt, with `world_latents` [1, z, h, w] of its image or `world_latents_videos`
             [1, 1 + k, z, h, w] of its video.
 
     Returns:
-        [h / merge, w / merge], the mean over the heads of the layers that see the whole prompt, and for a video the
-        sum over its latent frames.
+        Float32 [h / merge, w / merge]: the mean over all heads of the layers that attend to the whole prompt. For a
+        video, the sum over its latent frames.
     """
     inputs = dict(inputs)
     input_ids, _ = inputs.pop("input_ids"), inputs.pop("attention_mask", None)
@@ -43,14 +43,14 @@ def attention_to_world(model: PreTrainedModel, inputs: Mapping) -> torch.Tensor:
     whole = [layer for layer in last.attentions if layer.shape[-1] == input_ids.shape[1]]
     weights = torch.stack(whole).mean(dim=(0, 2, 3))[0]
     of_world = (input_ids[0] == model.config.image_token_id) | (input_ids[0] == model.config.video_token_id)
-    latents = inputs.get("world_latents", inputs.get("world_latents_videos"))
+    latents = inputs["world_latents" if "world_latents" in inputs else "world_latents_videos"]
     height, width = latents.shape[-2:]
     merge = model.config.latent_merge_size
     return weights[of_world].view(-1, height // merge, width // merge).sum(0).float()
 
 
 def overlay_attention(image: Image.Image, attention: torch.Tensor) -> Image.Image:
-    """The image in grey, red where the attention is."""
+    """The image in gray, with the attention [h, w] in red."""
     strength = (attention - attention.min()) / (attention.max() - attention.min())
     strength = F.interpolate(strength[None, None], size=(SIDE, SIDE), mode="bilinear")[0, 0]
     mask = Image.fromarray((strength * 200).byte().numpy())
@@ -60,7 +60,7 @@ def overlay_attention(image: Image.Image, attention: torch.Tensor) -> Image.Imag
 
 
 def contact_sheet(latents: torch.Tensor) -> Image.Image:
-    """The channels of latents [1, z, h, w] side by side, eight a row, each from its least value to its greatest."""
+    """The channels of latents [1, z, h, w], eight in a row, each scaled from its minimum to its maximum."""
     side = SIDE // 4
     sheet = Image.new("RGB", (8 * (side + 4), -(-latents.shape[1] // 8) * (side + 4)), PAPER)
     for number, channel in enumerate(latents[0].float()):
@@ -74,11 +74,11 @@ def draw_report(
     image: Image.Image, answers: list[tuple[str, str, torch.Tensor]], latents: torch.Tensor
 ) -> Image.Image:
     """
-    The image, beside it what each answer looked at, and below them the latent.
+    One page with the image, the attention of each answer next to it, and the latent below.
 
     Args:
-        image: What the model was asked about.
-        answers: For each question its text, what to write below it, and the attention [h, w] of the answer.
+        image: The image in the prompt.
+        answers: For each question its text, the text of the answer, and the answer's attention [h, w].
         latents: [1, z, h, w].
     """
     panels = [(image.convert("RGB").resize((SIDE, SIDE)), "the picture", f"{image.width} x {image.height} pixels")]

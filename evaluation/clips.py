@@ -1,13 +1,13 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
 """
-Drawn clips with questions that no single frame answers, from a seed, the same on every machine.
+Synthetic clips, drawn from a seed and identical on every machine, with questions that no single frame answers.
 
     clip = make_clip(SPLITS["test"][0])
     clip.frames                      nine PIL images of 64 x 64 pixels, an eighth of a second apart
     clip.questions[0]                Question(kind="direction", text="Which way does the red star move?", answer="up")
 
-A clip is made from its last frame backwards: that frame is kept only if each answer's motion could have led to it, and
-then the answer is drawn by lot. So the last frame alone tells nothing of it.
+A clip is built backwards from its last frame. That frame is kept only if the motion of every answer could lead to it.
+Then the answer is chosen at random, so the last frame does not reveal it.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,40 +16,50 @@ from random import Random
 
 from PIL import Image
 
-from .scenes import COLOURS, SHAPES, SIZE, Canvas, Question, Thing, ask_colour, ask_existence, ask_shape
+from theworld.evaluation.scenes import (
+    COLOURS,
+    SHAPES,
+    SIZE,
+    Canvas,
+    Question,
+    Thing,
+    ask_colour,
+    ask_existence,
+    ask_shape,
+)
 
 
 NUM_FRAMES = 9
 FPS = 8
 FRAMES_PER_LATENT = 4  # after the first
 WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-# The share of its way that a thing has left behind, by the share of the time.
+# The share of its path that an object has covered, by the share of the time.
 PACES: dict[str, Callable[[float], float]] = {
     "neither": lambda time: time,
     "faster": lambda time: time**2,
     "slower": lambda time: 1 - (1 - time) ** 2,
 }
-# Kinds of questions, and the answers that each has, all as common.
+# Kinds of questions, and the answers of each, all equally frequent.
 CLIP_KINDS: dict[str, tuple[str, ...]] = {
     "direction": tuple(WAYS),
     "speed": tuple(PACES),
     "meet": ("yes", "no"),
     "next": ("hit", "leave", "stop"),
 }
-# Pixels: between things, and from a thing to the edge.
+# Pixels between objects, and from an object to the edge.
 GAP = 2
 
 
 @dataclass(frozen=True)
 class Mover:
-    """A thing where it ends, and the way that led it there: `along` x and y in pixels, at a pace."""
+    """An object at its final position, and the path to it: `along` x and y in pixels, at a pace."""
 
     thing: Thing
     along: tuple[float, float] = (0.0, 0.0)
     pace: str = "neither"
 
     def at(self, frame: int) -> Thing:
-        """The thing in a frame."""
+        """The object in a frame."""
         left = 1 - PACES[self.pace](frame / (NUM_FRAMES - 1))
         return replace(self.thing, x=self.thing.x - left * self.along[0], y=self.thing.y - left * self.along[1])
 
@@ -65,7 +75,7 @@ class Clip:
 
     @property
     def frames(self) -> tuple[Image.Image, ...]:
-        """The frames, drawn anew, all with the ground, the shades and the noise of one seed."""
+        """The frames, drawn at each access, all with the background, the shades and the noise of one seed."""
         frames = []
         for frame in range(NUM_FRAMES):
             canvas = Canvas(Random(self.canvas_seed))
@@ -76,7 +86,7 @@ class Clip:
 
 
 def fits(movers: Sequence[Mover]) -> bool:
-    """Whether things stay inside the picture and apart from each other all the time."""
+    """Whether objects stay inside the picture and apart from each other in all frames."""
     for frame in range(NUM_FRAMES):
         things = [mover.at(frame) for mover in movers]
         for number, thing in enumerate(things):
@@ -93,7 +103,7 @@ def scaled(way: tuple[float, float], distance: float) -> tuple[float, float]:
 
 
 def scatter(random: Random, number: int) -> list[Thing]:
-    """Things of different colours anywhere in the picture."""
+    """Objects of different colors anywhere in the picture."""
     return [
         Thing(random.choice(SHAPES), colour, random.uniform(0, SIZE), random.uniform(0, SIZE), random.uniform(4, 6))
         for colour in random.sample(list(COLOURS), number)
@@ -101,7 +111,7 @@ def scatter(random: Random, number: int) -> list[Thing]:
 
 
 def line_up(random: Random) -> tuple[Thing, Thing, tuple[int, int]]:
-    """Two things in a row or a column, and the way from the first to the second."""
+    """Two objects in a row or a column, and the direction from the first to the second."""
     one, other = scatter(random, 2)
     way = random.choice(list(WAYS.values()))
     distance = random.uniform(0, SIZE)
@@ -109,7 +119,7 @@ def line_up(random: Random) -> tuple[Thing, Thing, tuple[int, int]]:
 
 
 def make_travel(random: Random) -> tuple[list[Mover], list[Question]] | None:
-    """One thing moves, up to two stand by."""
+    """One object moves, up to two others do not."""
     thing, *others = scatter(random, random.randint(1, 3))
     distance, still = random.uniform(9, 16), [Mover(other) for other in others]
     possible = {name: Mover(thing, scaled(way, distance)) for name, way in WAYS.items()}
@@ -123,7 +133,7 @@ def make_travel(random: Random) -> tuple[list[Mover], list[Question]] | None:
 
 
 def make_meeting(random: Random) -> tuple[list[Mover], list[Question]] | None:
-    """Two things move in one line; what closes the gap now would have opened it backwards."""
+    """Two objects move on one line; the reversed motion opens the gap that this one closes."""
     one, other, way = line_up(random)
     first, second = (random.choice((-1, 1)) * random.uniform(4, 14) for _ in range(2))
     if abs(first - second) < 7:
@@ -136,7 +146,7 @@ def make_meeting(random: Random) -> tuple[list[Mover], list[Question]] | None:
 
 
 def make_ending(random: Random) -> tuple[list[Mover], list[Question]] | None:
-    """One thing moves towards another, or away from it, unless it comes to a stop."""
+    """One object moves toward another or away from it, or stops."""
     one, other, way = line_up(random)
     distance = random.uniform(9, 14)
     towards, away = (Mover(one, scaled(way, sign * distance)) for sign in (1, -1))
@@ -151,7 +161,7 @@ def make_ending(random: Random) -> tuple[list[Mover], list[Question]] | None:
 
 
 def make_clip(seed: int) -> Clip:
-    """The clip of a seed: of one thing that travels, of two that may meet, or of one that may hit another."""
+    """The clip of a seed: one object travels, two objects may meet, or one object may hit another."""
     random = Random(seed)
     make = random.choice((make_travel, make_meeting, make_ending))
     while (made := make(random)) is None:

@@ -1,14 +1,14 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
 """
-Drawn scenes with questions and exact answers, from a seed, the same on every machine.
+Synthetic scenes with questions and exact answers, drawn from a seed and identical on every machine.
 
     scene = draw_scene(SPLITS["test"][0])
     scene.image                      a PIL image of 64 x 64 pixels
     scene.questions[0]               Question(kind="shape", text="What shape is the red object?", answer="star")
 
-Two kinds of scenes: objects of different shapes, colours and sizes on a plain ground, and a ball with a platform or a
-ramp. Every answer is chosen before its question, or is symmetric by construction, so that no kind of question has an
-answer that is commoner than the others.
+Two kinds of scenes: objects of different shapes, colors and sizes on a plain background, and a ball with a platform or
+a ramp. Every answer is chosen before its question, or is symmetric by construction, so that the answers of each kind
+of question are equally frequent. The questions are in British English ("colour").
 """
 
 import math
@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 
 
 SIZE = 64
-# Shapes are drawn this much larger and then reduced, which smooths their edges.
+# Shapes are drawn this many times larger and then reduced, for smooth edges.
 OVERSAMPLING = 4
 
 # Seeds of the scenes of each split.
@@ -42,7 +42,7 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "star")
 DIRECTIONS = ("left of", "right of", "above", "below")
-# Kinds of questions, and the answers that each has, all as common.
+# Kinds of questions, and the answers of each, all equally frequent.
 KINDS: dict[str, tuple[str, ...]] = {
     "shape": SHAPES,
     "colour": tuple(COLOURS),
@@ -54,7 +54,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "fall": ("rest", "fall"),
     "roll": ("left", "right"),
 }
-# Where a question compares distances, sizes or positions, the winner leads by this factor.
+# If a question compares distances, sizes or positions, the winner leads by this factor.
 MARGIN = 1.3
 
 
@@ -67,7 +67,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Thing:
-    """An object: its centre and radius are in pixels, y downwards."""
+    """An object; its center and radius are in pixels, y downward."""
 
     shape: str
     colour: str
@@ -104,7 +104,7 @@ def polygon(shape: str, x: float, y: float, radius: float) -> list[tuple[float, 
 
 
 class Canvas:
-    """An image under way; takes coordinates in pixels."""
+    """An image being drawn; takes coordinates in pixels."""
 
     def __init__(self, random: Random):
         ground = tuple(random.randint(200, 245) for _ in range(3))
@@ -113,7 +113,7 @@ class Canvas:
         self.draw = ImageDraw.Draw(self.image)
 
     def add_polygon(self, corners: list[tuple[float, float]], colour: str) -> None:
-        # Whole numbers, so that the last bit of a cosine cannot matter.
+        # Integers, so that the last bit of a cosine does not matter.
         self.draw.polygon([(round(x * OVERSAMPLING), round(y * OVERSAMPLING)) for x, y in corners], self.shade(colour))
 
     def add_thing(self, thing: Thing) -> None:
@@ -124,24 +124,24 @@ class Canvas:
             self.add_polygon(polygon(thing.shape, thing.x, thing.y, thing.radius), thing.colour)
 
     def shade(self, colour: str) -> tuple[int, ...]:
-        """The colour, a little off, as light would have it."""
+        """The color with a small random offset."""
         return tuple(channel + self.random.randint(-12, 12) for channel in COLOURS[colour])
 
     def finish(self) -> Image.Image:
-        """The image at its size, with light noise."""
+        """The image at its final size, with slight noise."""
         reduced = np.asarray(self.image.resize((SIZE, SIZE), Image.Resampling.BOX), dtype=np.int16)
         noise = np.random.Generator(np.random.PCG64(self.random.getrandbits(64))).integers(-4, 5, reduced.shape)
         return Image.fromarray((reduced + noise).clip(0, 255).astype(np.uint8))
 
 
 def place_things(random: Random, shapes: list[str]) -> list[Thing]:
-    """Objects of the given shapes, of different colours, apart from each other; half the time one is the largest."""
+    """Objects with the given shapes and different colors, apart from each other; half the time one is the largest."""
     while True:
         radii = [random.uniform(5, 10) for _ in shapes]
         if random.random() < 0.5:
             largest = random.uniform(5 * MARGIN, 10)
             radii = [largest] + [random.uniform(5, largest / MARGIN) for _ in shapes[1:]]
-        things = []
+        things: list[Thing] = []
         for shape, colour, radius in zip(shapes, random.sample(list(COLOURS), len(shapes)), radii, strict=True):
             reach = radius * 1.25 + 1
             x, y = (random.uniform(reach, SIZE - reach) for _ in range(2))
@@ -168,7 +168,7 @@ def ask_colour(random: Random, things: list[Thing]) -> Question | None:
 
 
 def ask_existence(random: Random, things: list[Thing]) -> Question:
-    """Yes for an object of the scene; no for one of its colours with a shape that it does not have."""
+    """Yes for an object of the scene; no for a color of the scene with a shape that it does not have there."""
     if random.random() < 0.5:
         return Question("existence", f"Is there a {random.choice(things).name}?", "yes")
     present = {thing.name for thing in things}
@@ -178,7 +178,7 @@ def ask_existence(random: Random, things: list[Thing]) -> Question:
 
 
 def ask_relation(random: Random, things: list[Thing]) -> Question | None:
-    """Where one object is from another, for a pair that lies clearly along one axis."""
+    """The position of one object relative to another, for a pair that differs clearly along one axis."""
     pairs = [
         (one, other)
         for one in things
@@ -224,9 +224,7 @@ ASKERS: tuple[Callable[[Random, list[Thing]], Question | None], ...] = (
 
 
 def draw_objects(random: Random) -> Scene:
-    """Two to five objects, with up to two questions of each kind that they allow.
-
-    The answer of the count comes first."""
+    """Two to five objects, with up to two questions of each kind that they allow; the count is chosen first."""
     count = random.randint(0, 3)
     counted, *others = random.sample(SHAPES, len(SHAPES))
     shapes = [counted] * count + [random.choice(others) for _ in range(random.randint(max(2 - count, 1), 5 - count))]
@@ -238,7 +236,7 @@ def draw_objects(random: Random) -> Scene:
     questions = {Question("count", f"How many {counted}s are there?", str(count)): None}
     for ask in (*ASKERS, *ASKERS):
         if (question := ask(random, things)) is not None:
-            questions[question] = None  # a dict, unlike a set, keeps their order the same everywhere
+            questions[question] = None  # a dict, unlike a set, has the same order everywhere
     return Scene(canvas.finish(), tuple(random.sample(list(questions), len(questions))), tuple(things))
 
 
@@ -283,7 +281,7 @@ def draw_roll(random: Random) -> Scene:
 
 
 def draw_scene(seed: int) -> Scene:
-    """The scene of a seed; eight in ten are of objects, one of a ball and a platform, one of a ball and a ramp."""
+    """The scene of a seed: 8 in 10 show objects, 1 a ball and a platform, 1 a ball and a ramp."""
     random = Random(seed)
     draw = random.choice((draw_objects,) * 8 + (draw_fall, draw_roll))
     return draw(random)

@@ -1,5 +1,5 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
-"""Stage 4: projection and Gemma learn to answer from a frozen encoder's latents. Stage 5: the encoder too."""
+"""Stage 4 trains projection and Gemma on latents of a frozen encoder. Stage 5 trains the encoder too."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +22,7 @@ LEARNING_RATE = 3e-3
 
 
 class Trainee:
-    """A checkpoint to train: the model, its processor, and what makes rows for it."""
+    """A checkpoint to train: the model, its processor, and a `RowMaker`."""
 
     def __init__(self, checkpoint: Path):
         self.model = TheWorldForConditionalGeneration.from_pretrained(checkpoint)
@@ -39,9 +39,9 @@ class Trainee:
 
 def cache_latents(checkpoint: Path, pixels_of: Callable[[range], torch.Tensor], number: int, file: Path) -> None:
     """
-    Writes latents as the projection reads them, float32 [number, .., 16, 8, 8].
+    Writes the projection's input for `number` training scenes or clips, float32 [number, .., 16, 8, 8].
 
-    `pixels_of` makes the pixels of scenes or of clips from their seeds, the first `number` of those for training.
+    `pixels_of` returns the pixel values of scenes or clips for a range of seeds.
     """
     model = Trainee(checkpoint).model
     latents = []
@@ -53,7 +53,7 @@ def cache_latents(checkpoint: Path, pixels_of: Callable[[range], torch.Tensor], 
 
 
 def align(checkpoint: Path, cache: Path, run: Path, steps: int) -> tuple:
-    """Trains a converted checkpoint's projection and Gemma on cached latents; `run` is the folder for checkpoints."""
+    """Trains projection and Gemma of a converted checkpoint on cached latents; `run` is the folder for checkpoints."""
     trainee = Trainee(checkpoint)
     trainee.model.model.world_encoder.requires_grad_(False)
     latents = load_file(cache)["latents"]
@@ -67,7 +67,7 @@ def align(checkpoint: Path, cache: Path, run: Path, steps: int) -> tuple:
 
 
 def fine_tune(checkpoint: Path, first_scene: int, run: Path, steps: int) -> tuple:
-    """Trains an aligned checkpoint further, its encoder too, through the mode, on scenes from `first_scene` on."""
+    """Trains an aligned checkpoint and its encoder, through the latent mode, on scenes from `first_scene` on."""
     trainee = Trainee(checkpoint)
     seeds = SPLITS["train"][first_scene:]
 

@@ -1,12 +1,12 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
 """
-What the trained models answer about scenes and clips they never saw, and what is left of it without world tokens.
+Scores the trained models on held-out scenes and clips, with and without world tokens.
 
     python -m recipe.evaluate
 
-reads the bundled model in the repo's root and the others that `python -m recipe.pipeline` left in `build/recipe`, and
-writes `results/evaluation.json`, `.md` and `.png`. What is there of a model that is not at hand stays as it was, with
-the SHA-256 of its weights.
+reads the bundled model in the repo's root and the other models that `python -m recipe.pipeline` wrote to
+`build/recipe`, and writes `results/evaluation.json`, `.md` and `.png`. Scores of missing models are kept from the
+previous report, with the SHA-256 of their weights.
 """
 
 import hashlib
@@ -38,11 +38,12 @@ from .pipeline import RECIPE, RESULTS, ROOT, Length
 
 
 QUESTIONS_PER_KIND = 300
-NUM_TEST_SCENES = 4000  # holds so many questions of each kind, of scenes and of clips
-BATCH_SIZE = 100  # divides the above, so that "another's" are those of which the same kind of question was asked
+NUM_TEST_SCENES = 4000  # enough for the questions of each kind, of scenes and of clips
+BATCH_SIZE = 100  # divides QUESTIONS_PER_KIND, so that "of another image" has the same kind of question
 ALL_KINDS = KINDS | CLIP_KINDS
+TOTALS = {"overall": "scenes, all", "clips": "clips, all"}
 
-# What becomes of a batch's world tokens [B, N, D]; None is a prompt without image or clip.
+# How a condition changes a batch's world tokens [B, N, D]; None is a prompt without image or clip.
 CONDITIONS: dict[str, Callable[[torch.Tensor], torch.Tensor] | None] = {
     "world tokens": lambda tokens: tokens,
     "zeroed": torch.zeros_like,
@@ -51,7 +52,7 @@ CONDITIONS: dict[str, Callable[[torch.Tensor], torch.Tensor] | None] = {
 }
 LAST_FRAME = "last frame alone"
 BLIND = "blind Gemma"
-# Other models, as far as they have been trained; they know scenes alone.
+# Other models, if they have been trained; on scenes only.
 COMPARED = {BLIND: "gemma", "encoder frozen": "theworld-frozen", "frozen, merged 2x2": "theworld-merged"}
 
 
@@ -73,7 +74,7 @@ class Case:
 
 
 def held_out(per_kind: int, kinds: Iterable[str], make: Callable[[int], Scene | Clip]) -> list[Case]:
-    """The first questions of each kind in the test split, one of a kind from a seed, sorted by kind."""
+    """The first questions of each kind in the test split, at most one per kind and seed, sorted by kind."""
     cases = {kind: [] for kind in kinds}
     for seed in SPLITS["test"][:NUM_TEST_SCENES]:
         made = make(seed)
@@ -91,7 +92,7 @@ def held_out_cases(per_kind: int) -> list[Case]:
 
 
 def held_out_clips(per_kind: int) -> list[Case]:
-    """Held-out questions about clips, which no single frame answers."""
+    """Held-out questions about clips."""
     return held_out(per_kind, CLIP_KINDS, make_clip)
 
 
@@ -101,7 +102,7 @@ def answer(
     cases: list[Case],
     change: Callable[[torch.Tensor], torch.Tensor] | None,
 ) -> list[str]:
-    """What the model answers, greedily; `change` is one of `CONDITIONS`, and a batch's cases are of one modality."""
+    """The model's greedy answers; `change` is one of `CONDITIONS`. The cases of a batch have one modality."""
     answers = []
     for start in range(0, len(cases), BATCH_SIZE):
         batch = cases[start : start + BATCH_SIZE]
@@ -135,13 +136,13 @@ def interval(right: int, total: int) -> tuple[float, float]:
     """Wilson's 95 % confidence interval of a share."""
     z = 1.96
     share = right / total
-    centre = (share + z**2 / (2 * total)) / (1 + z**2 / total)
+    center = (share + z**2 / (2 * total)) / (1 + z**2 / total)
     half = z * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2)) / (1 + z**2 / total)
-    return centre - half, centre + half
+    return center - half, center + half
 
 
 def score(cases: list[Case], answers: list[str]) -> dict[str, dict]:
-    """Shares of right answers with their intervals: of each kind, `overall` of scenes, and `clips` of clips."""
+    """Shares of right answers with their intervals: for each kind, `overall` for scenes, and `clips` for clips."""
     groups: dict[str, list[bool]] = {}
     for case, given in zip(cases, answers, strict=True):
         kind = case.question.kind
@@ -160,9 +161,9 @@ def score(cases: list[Case], answers: list[str]) -> dict[str, dict]:
 
 class SceneEvaluation(TrainerCallback):
     """
-    Whenever a Trainer evaluates, scores its model on held-out scenes: `eval_scenes`, the share of right answers.
+    Scores a Trainer's model on held-out scenes at each evaluation: `eval_scenes`, the share of right answers.
 
-    It may be the `metric_for_best_model`.
+    It can be the `metric_for_best_model`.
 
     Args:
         per_kind: Questions of each kind.
@@ -188,19 +189,19 @@ class SceneEvaluation(TrainerCallback):
         state.log_history.append({"step": state.global_step, "eval_scenes": metrics["eval_scenes"]})
 
 
-def fingerprint(made: Scene | Clip) -> bytes:
-    """What tells two scenes or clips apart: their pixels."""
+def pixel_hash(made: Scene | Clip) -> bytes:
+    """The SHA-256 of the pixels of a scene or clip."""
     pictures = [made.image] if isinstance(made, Scene) else made.frames
     return hashlib.sha256(b"".join(picture.tobytes() for picture in pictures)).digest()
 
 
-def shared_fingerprints(make: Callable[[int], Scene | Clip], num_training: int, num_test: int) -> int:
-    """How many of the first test scenes or clips have the pixels of one of the first for training."""
-    fingerprints = {
-        split: {fingerprint(make(seed)) for seed in tqdm(SPLITS[split][:number])}
+def count_shared(make: Callable[[int], Scene | Clip], num_training: int, num_test: int) -> int:
+    """The number of test scenes or clips with the pixels of one for training."""
+    hashes = {
+        split: {pixel_hash(make(seed)) for seed in tqdm(SPLITS[split][:number])}
         for split, number in {"train": num_training, "test": num_test}.items()
     }
-    return len(fingerprints["train"] & fingerprints["test"])
+    return len(hashes["train"] & hashes["test"])
 
 
 def sha256_of(folder: Path) -> str:
@@ -209,10 +210,10 @@ def sha256_of(folder: Path) -> str:
 
 def evaluate(recipe: Path) -> tuple[dict[str, dict[str, dict]], dict[str, str]]:
     """
-    The scores of every model at hand, under the conditions that say something about it.
+    The scores of every available model, under the conditions that apply to it.
 
     Returns:
-        Run -> kind -> score, and run -> the SHA-256 of its model's weights.
+        Scores by run and kind, and the SHA-256 of the model's weights by run.
     """
     scenes, clips = held_out_cases(QUESTIONS_PER_KIND), held_out_clips(QUESTIONS_PER_KIND)
     processor = TheWorldProcessor.from_pretrained(ROOT)
@@ -223,7 +224,7 @@ def evaluate(recipe: Path) -> tuple[dict[str, dict[str, dict]], dict[str, str]]:
     for name, folder in COMPARED.items():
         if not (recipe / folder).exists():
             continue
-        if name == BLIND:  # the tokenizer that Gemma learnt its text with has the same ids
+        if name == BLIND:  # its tokenizer has the same ids
             model, reader, change = AutoModelForCausalLM.from_pretrained(recipe / folder), processor, None
         else:
             model = TheWorldForConditionalGeneration.from_pretrained(recipe / folder)
@@ -237,7 +238,7 @@ def evaluate(recipe: Path) -> tuple[dict[str, dict[str, dict]], dict[str, str]]:
 
 
 def table(scores: dict[str, dict[str, dict]]) -> str:
-    """Per cent of right answers and their intervals: a row a kind, a column a run."""
+    """Percentages of right answers and their intervals: a row per kind, a column per run."""
     lines = [f"| | {' | '.join(scores)} |", f"|---|{'---|' * len(scores)}"]
     for kind in (*KINDS, "overall", *CLIP_KINDS, "clips"):
         cells = []
@@ -247,7 +248,7 @@ def table(scores: dict[str, dict[str, dict]]) -> str:
                 cells.append(f"{of_run[kind]['share']:.1%} ({low:.0%} to {high:.0%})".replace("%", ""))
             else:
                 cells.append("")
-        lines.append(f"| {kind} | {' | '.join(cells)} |")
+        lines.append(f"| {TOTALS.get(kind, kind)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -264,7 +265,7 @@ def draw_bars(scores: dict[str, dict[str, dict]], file: Path) -> None:
     for kind, answers in ALL_KINDS.items():
         place = kinds.index(kind)
         axis.hlines(1 / len(answers), place - 0.47, place + 0.47, "black", ":")
-    axis.set_xticks(range(len(kinds)), kinds)
+    axis.set_xticks(range(len(kinds)), [TOTALS.get(kind, kind) for kind in kinds])
     axis.set(
         ylabel="right answers", ylim=(0, 1.02), title="Held-out questions; bars end in 95 % intervals, dots: chance"
     )
@@ -287,9 +288,9 @@ def main() -> None:
             "clips": scores[LAST_FRAME]["clips"]["total"],
         },
         "training scenes": length.all_scenes,
-        "test scenes seen in training": shared_fingerprints(draw_scene, length.all_scenes, NUM_TEST_SCENES),
+        "test scenes seen in training": count_shared(draw_scene, length.all_scenes, NUM_TEST_SCENES),
         "training clips": length.all_clips,
-        "test clips seen in training": shared_fingerprints(make_clip, length.all_clips, NUM_TEST_SCENES),
+        "test clips seen in training": count_shared(make_clip, length.all_clips, NUM_TEST_SCENES),
         "scores": scores,
     }
     RESULTS.mkdir(exist_ok=True)

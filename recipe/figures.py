@@ -1,5 +1,5 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
-"""The curves of the stages, as one picture."""
+"""Draws the training curves of the stages."""
 
 import json
 from pathlib import Path
@@ -8,16 +8,16 @@ import matplotlib.pyplot as plt
 
 
 STAGES = ["gemma", "theworld-frozen", "theworld-merged", "theworld-images", "theworld"]
-# A panel for each number that says how a stage goes, and the stages whose curves it shows.
+# A panel per logged number: its title, and the stages that log it.
 PANELS = {
     "l1": ("Error of a reconstructed pixel value", ["vae", "motion"]),
     "loss": ("Training loss", STAGES),
-    "accuracy": ("Answers begun right, training scenes", STAGES),
+    "accuracy": ("First token of answers right, training scenes", STAGES),
 }
 
 
 def draw_curves(recipe: Path, file: Path) -> None:
-    """Draws the histories that the stages left in the folders of `recipe`, as far as they have got."""
+    """Draws the existing histories of the stages in the folders of `recipe`."""
     histories = {file.parent.name: file.read_text().splitlines() for file in recipe.glob("*/history.jsonl")}
     panels = {number: panel for number, panel in PANELS.items() if not histories.keys().isdisjoint(panel[1])}
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), layout="constrained", squeeze=False)

@@ -1,5 +1,5 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
-"""Stage 2: a small Gemma 3 and its tokenizer, which learn the language of the questions before they see a picture."""
+"""Stage 2 trains a small Gemma 3 and its tokenizer on the language of the questions, without pictures."""
 
 import json
 import math
@@ -23,18 +23,18 @@ from .trainer import train
 BATCH_SIZE = 16
 NUM_SCENES_FOR_TOKENIZER = 2000
 NUM_LAYERS = 6
-HEAD_DIM = 32  # serving engines ask for no less
-WORLD_TOKENS_A_ROW = 8
-ROLES = ("user", "model") * NUM_SCENES_FOR_TOKENIZER  # words of every turn
+HEAD_DIM = 32  # the minimum of serving engines
+WORLD_TOKENS_PER_ROW = 8
+ROLES = ("user", "model") * NUM_SCENES_FOR_TOKENIZER  # words in every turn
 ALPHABET = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,?!'-"
 
 
 def train_tokenizer() -> GemmaTokenizer:
-    """A Gemma tokenizer: special tokens and bytes as in Gemma's, and the words of the questions as its merges."""
+    """A Gemma tokenizer: special tokens and bytes of Gemma's, and merges for the words of the questions."""
     scenes = [draw_scene(seed) for seed in SPLITS["train"][:NUM_SCENES_FOR_TOKENIZER]]
     texts = [text for scene in scenes for question in scene.questions for text in (question.text, question.answer)]
     bpe = Tokenizer(BPE())
-    # Word by word, so that no merge spans two.
+    # Word by word, so that no merge spans two words.
     words = (word.replace(" ", "▁") for text in (*texts, *ROLES) for word in re.findall(r" ?\w+|\W", text))
     bpe.train_from_iterator(words, BpeTrainer(vocab_size=512, show_progress=False))
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
@@ -46,15 +46,15 @@ def train_tokenizer() -> GemmaTokenizer:
     tokenizer = GemmaTokenizer(
         vocab={token: index for index, token in enumerate(vocabulary)}, merges=merges, add_bos_token=True
     )
-    # Gemma's own file lists these among its added tokens, so that no merge ever splits them.
+    # Gemma's tokenizer.json lists these as added tokens too, so that no merge splits them.
     tokenizer.add_tokens([*(f"<unused{n}>" for n in range(4)), "\n"])
     tokenizer.add_tokens(["<start_of_turn>", "<end_of_turn>"], special_tokens=True)
     return tokenizer
 
 
 def make_gemma(tokenizer: GemmaTokenizer) -> Gemma3ForCausalLM:
-    # The second rotary frequency, theta^(-2 / head_dim), turns once in a row of world tokens: a column is in phase.
-    rope_theta = (WORLD_TOKENS_A_ROW / (2 * math.pi)) ** (HEAD_DIM / 2)
+    # The second rotary frequency, theta^(-2 / head_dim), has the period of a row, so that a column has one phase.
+    rope_theta = (WORLD_TOKENS_PER_ROW / (2 * math.pi)) ** (HEAD_DIM / 2)
     config = Gemma3TextConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -79,12 +79,12 @@ def make_gemma(tokenizer: GemmaTokenizer) -> Gemma3ForCausalLM:
 
 
 def matrices_of(model: nn.Module) -> list[nn.Parameter]:
-    """The weights inside Gemma's layers, which Muon trains."""
+    """The matrices of Gemma's layers, for Muon."""
     return [parameter for name, parameter in model.named_parameters() if ".layers." in name and parameter.ndim == 2]
 
 
 def train_gemma(run: Path, steps: int) -> tuple[Gemma3ForCausalLM, GemmaTokenizer]:
-    """Trains Gemma on questions and answers about scenes it does not see; `run` is the folder for checkpoints."""
+    """Trains Gemma on questions and answers without the scenes; `run` is the folder for checkpoints."""
     tokenizer = train_tokenizer()
     torch.manual_seed(0)
     gemma = make_gemma(tokenizer)

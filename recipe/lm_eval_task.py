@@ -1,6 +1,6 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
 """
-Held-out scenes as a dataset for evaluation harnesses: `build/harness/test.parquet`, the data of `scenes.yaml`.
+Writes held-out scenes as a dataset for lm-eval: `build/harness/test.parquet`, the data of `lm_eval_task.yaml`.
 
     python -m recipe.lm_eval_task
 """
@@ -14,7 +14,7 @@ from .pipeline import ROOT
 
 
 def write_scenes(file: Path, per_kind: int = 20) -> None:
-    """One row a question: `image`, `question`, `answer` and `kind`."""
+    """Writes a row per question: `image`, `question`, `answer` and `kind`."""
     cases = held_out_cases(per_kind)
     columns = {
         "image": [case.seen for case in cases],

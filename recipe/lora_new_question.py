@@ -1,11 +1,11 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
 """
-LoRA on the bundled model's Gemma, all else frozen, learns a kind of question that it was not trained on.
+Teaches the bundled model a new kind of question with LoRA on Gemma; everything else is frozen.
 
     python -m recipe.lora_new_question
 
-asks for the smallest object in training scenes, among questions of the kinds it knows, and afterwards about held-out
-scenes. It writes `results/new_kind.json` and leaves the adapter in `build/new-kind`.
+trains on questions about the smallest object, mixed with questions of known kinds, and evaluates on held-out scenes.
+It writes `results/new_kind.json`, and the adapter to `build/new-kind`.
 """
 
 import json
@@ -21,8 +21,9 @@ from trl import SFTConfig, SFTTrainer
 from theworld import TheWorldForConditionalGeneration, TheWorldProcessor
 from theworld.evaluation.scenes import COLOURS, MARGIN, SPLITS, Question, Scene, draw_scene
 from theworld.training.data import ConversationCollator
-from theworld.training.precompute_latents import load_latents, precompute
-from theworld.training.train import GEMMA_MATRICES
+from theworld.training.latents import load_latents
+from theworld.training.precompute_latents import precompute
+from theworld.training.train import LORA_TARGET_MODULES
 
 from .evaluate import CONDITIONS, Case, answer, held_out_cases, interval
 from .pipeline import RESULTS, ROOT
@@ -31,11 +32,11 @@ from .pipeline import RESULTS, ROOT
 FOLDER = ROOT / "build" / "new-kind"
 KIND = "smallest"
 CHANCE = 1 / len(COLOURS)
-OLD_QUESTIONS = 3  # of the known kinds in a conversation
+OLD_QUESTIONS = 3  # of known kinds, in each conversation
 
 
 def ask_smallest(scene: Scene) -> Question | None:
-    """The new kind; None where no object is clearly the smallest."""
+    """The new kind of question; None if no object is clearly the smallest."""
     if len(scene.things) < 2:
         return None
     smallest, second, *_ = sorted(scene.things, key=lambda thing: thing.radius)
@@ -45,7 +46,7 @@ def ask_smallest(scene: Scene) -> Question | None:
 
 
 def scenes_with_a_smallest(split: str, number: int) -> list[tuple[int, Scene, Question]]:
-    """The first scenes of a split of which the new kind can be asked, with their seeds and questions."""
+    """The first scenes of a split that have the new kind of question, with their seeds and questions."""
     found, seeds = [], iter(SPLITS[split])
     while len(found) < number:
         seed = next(seeds)
@@ -56,7 +57,7 @@ def scenes_with_a_smallest(split: str, number: int) -> list[tuple[int, Scene, Qu
 
 
 def write_conversations(folder: Path, number: int) -> None:
-    """A dataset for train.py: a conversation a training scene, the new question somewhere among known ones."""
+    """Writes a dataset for `theworld train`: a conversation per scene, the new question among known ones."""
     (folder / "images").mkdir(parents=True)
     with (folder / "train.jsonl").open("w") as file:
         for seed, scene, question in scenes_with_a_smallest("train", number):
@@ -70,10 +71,14 @@ def write_conversations(folder: Path, number: int) -> None:
 
 
 def train_adapter(dataset: Dataset, folder: Path, callbacks: list[TrainerCallback], **options) -> PeftModel:
-    """Trains LoRA on Gemma's matrices for the new kind, with everything else frozen; `options` are SFTConfig's."""
+    """
+    Trains LoRA on Gemma's matrices; `options` are SFTConfig's.
+
+    `theworld train --train lora` also trains the projection, which is frozen here.
+    """
     processor = TheWorldProcessor.from_pretrained(ROOT)
     model = TheWorldForConditionalGeneration.from_pretrained(ROOT)
-    adapter = LoraConfig(r=8, lora_alpha=16, target_modules=GEMMA_MATRICES)
+    adapter = LoraConfig(r=8, lora_alpha=16, target_modules=LORA_TARGET_MODULES)
     config = SFTConfig(
         folder / "run",
         per_device_train_batch_size=16,
@@ -104,7 +109,7 @@ def train_adapter(dataset: Dataset, folder: Path, callbacks: list[TrainerCallbac
 
 
 def share(model: PeftModel, cases: list[Case]) -> dict:
-    """How many of the cases the model answers right."""
+    """The share of cases that the model answers correctly."""
     processor = TheWorldProcessor.from_pretrained(ROOT)
     answers = answer(model, processor, cases, CONDITIONS["world tokens"])
     right = sum(given == case.question.answer for case, given in zip(cases, answers, strict=True))
@@ -114,7 +119,7 @@ def share(model: PeftModel, cases: list[Case]) -> dict:
 def main(
     folder: Path = FOLDER, scenes: int = 4000, epochs: int = 2, tested: int = 500, per_old_kind: int = 100
 ) -> dict:
-    """Makes the data, trains and evaluates; returns what `results/new_kind.json` holds."""
+    """Makes the data, trains and evaluates; returns the content of `results/new_kind.json`."""
     shutil.rmtree(folder, ignore_errors=True)
     write_conversations(folder / "data", scenes)
     precompute(str(ROOT), str(folder / "data" / "train.jsonl"), "train", folder / "latents", 1000, "float32")

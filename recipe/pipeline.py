@@ -1,11 +1,11 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
 """
-Trains the bundled model from nothing, and the models that it is compared with.
+Trains a model like the bundled one from scratch, and the models that it is compared with.
 
     python -m recipe.pipeline
 
-What is finished lies in `build/recipe`, a folder a model, and is not made again; what was interrupted goes on from its
-last checkpoint. At the end the bundled model's files are put in the repo's root, and the curves in `results`.
+Finished stages are kept in `build/recipe`, one folder per model. An interrupted stage resumes from its last
+checkpoint. At the end the model's files are copied to the repo's root, and the curves to `results`.
 """
 
 import shutil
@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from theworld.checkpoints.atomic import atomic_folder
-from theworld.convert_weights import Source, convert
+from theworld.checkpoints.sources import Source
+from theworld.convert_weights import convert
 from theworld.evaluation.scenes import SIZE
 
 from . import align, gemma, vae, video
@@ -24,7 +25,7 @@ from .figures import draw_curves
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "build" / "recipe"
 RESULTS = ROOT / "results"
-# What `save_pretrained` writes of a model and its processor, but for the code and the chat template, which are here.
+# Files of `save_pretrained`, except the code and the chat template, which are in the repo already.
 BUNDLED_FILES = (
     "config.json",
     "generation_config.json",
@@ -37,7 +38,7 @@ BUNDLED_FILES = (
 
 @dataclass(frozen=True)
 class Length:
-    """Steps of each stage, and scenes and clips whose latents are cached."""
+    """Steps of each stage, and the numbers of scenes and clips with cached latents."""
 
     vae: int = 4000
     gemma: int = 800
@@ -50,7 +51,7 @@ class Length:
 
     @property
     def all_scenes(self) -> int:
-        """The stages train on the first scenes of the split, so many at most."""
+        """The number of training scenes that any stage uses: the first ones of the split."""
         return max(
             self.vae * vae.BATCH_SIZE,
             self.gemma * gemma.BATCH_SIZE,
@@ -59,12 +60,12 @@ class Length:
 
     @property
     def all_clips(self) -> int:
-        """As `all_scenes`, of clips."""
+        """The number of training clips that any stage uses."""
         return max(self.motion * video.BATCH_SIZE, self.clips)
 
 
 def train_all(folder: Path, length: Length) -> None:
-    """Runs every stage that `folder` does not hold the result of."""
+    """Runs every stage without a result in `folder`."""
 
     def cached(name: str, make: Callable[[Path], None]) -> Path:
         """The file of cached latents."""
@@ -73,7 +74,7 @@ def train_all(folder: Path, length: Length) -> None:
         return file
 
     def result(name: str, make: Callable[[Path], tuple]) -> Path:
-        """The folder of a stage's result; `make` gets a folder for its checkpoints and returns what to save."""
+        """The folder of a stage's result; `make` takes a folder for checkpoints and returns the parts to save."""
         if not (folder / name).exists():
             parts = make(folder / "runs" / name)
             with atomic_folder(folder / name, overwrite=False) as unfinished:
@@ -98,14 +99,14 @@ def train_all(folder: Path, length: Length) -> None:
     result("theworld-merged", lambda run: align.align(joined(2), cache, run, length.align))
 
     motion = result("motion", lambda run: video.see_motion(tuned, run, length.motion))
-    # The encoder is no longer the one whose latents were cached.
+    # The encoder has changed, so latents are cached again.
     scenes = cached("latents-scenes", lambda file: align.cache_latents(motion, vae.pixels_of, 2 * length.clips, file))
     clips = cached("latents-clips", lambda file: align.cache_latents(motion, video.frames_of, length.clips, file))
     result("theworld", lambda run: video.watch(motion, scenes, clips, run, length.watch))
 
 
 def install(recipe: Path) -> None:
-    """Puts the bundled model and the curves where the repo has them."""
+    """Copies the model and the curves to their places in the repo."""
     for file in BUNDLED_FILES:
         shutil.copyfile(recipe / "theworld" / file, ROOT / file)
     RESULTS.mkdir(exist_ok=True)

@@ -1,6 +1,6 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
 """
-What the bundled model answers with Gemma's matrices in fewer bits.
+Scores the bundled model with Gemma's matrices quantized.
 
     python -m recipe.quantized
 
@@ -18,7 +18,7 @@ from .evaluate import CONDITIONS, QUESTIONS_PER_KIND, Case, answer, held_out_cas
 from .pipeline import RESULTS, ROOT
 
 
-# How Gemma's matrices are held; None is as saved.
+# Quantization of Gemma's matrices; None for the saved dtype.
 SETTINGS: dict[str, Callable] = {
     "float32": lambda: None,
     "torchao int8": lambda: TorchAoConfig(Int8WeightOnlyConfig(version=2)),
@@ -31,7 +31,7 @@ SETTINGS: dict[str, Callable] = {
 
 
 def load(setting: str):
-    """The bundled model with Gemma's matrices held as `SETTINGS` says."""
+    """The bundled model with a quantization of `SETTINGS`."""
     return AutoModel.from_pretrained(ROOT, trust_remote_code=True, quantization_config=SETTINGS[setting]()).eval()
 
 

@@ -1,10 +1,10 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
 """
-Scenes and clips as training sequences: a scene's questions in one row, after its world tokens, which are read once.
+Training rows of scenes and clips: all questions of a scene share one reading of its world tokens.
 
-In most batches a question sees only the picture and itself, just as when it is asked alone; in the others it also
-sees the turns before it, so that the model can hold a conversation. Where there is a picture, each world token learns
-to name what is drawn at its place, which brings pictures and words together long before answers could.
+In most batches a question attends only to the picture and itself, as if it were asked alone. In the others it also
+attends to earlier turns, so that the model learns conversations. Each world token that shows an object also has a
+label, a word for that object, which links pictures and words long before answers could.
 """
 
 from collections.abc import Sequence
@@ -26,13 +26,13 @@ from theworld.validation_theworld import IGNORE_INDEX
 CHAT_TEMPLATE = (Path(__file__).parents[1] / "chat_template.jinja").read_text()
 QUESTIONS_PER_ROW = 8
 CONVERSATION_SHARE = 0.1
-# How far a thing has moved is told in steps, with one digit.
-PIXELS_A_STEP = 1.5
+# Labels give the distance that an object moved in steps, as one digit.
+PIXELS_PER_STEP = 1.5
 
 
 @dataclass
 class Segment:
-    """Tokens that stand together, and a label for each; they see those of their own group and of group 0."""
+    """Consecutive tokens with their labels; they attend to tokens of their own group and of group 0."""
 
     token_ids: list[int]
     labels: list[int]
@@ -44,8 +44,8 @@ class RowMaker:
     Makes rows of scenes and clips.
 
     Args:
-        tokenizer: Gemma's, with `<world>` and its companions if images are to be seen.
-        num_world_tokens: World tokens an image or a latent frame; 0 for rows that are without the picture.
+        tokenizer: Gemma's, with TheWorld's tokens if rows have pictures.
+        num_world_tokens: World tokens per image or latent frame; 0 for rows without pictures.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, num_world_tokens: int):
@@ -56,7 +56,7 @@ class RowMaker:
         self.encode = cache(self._encode)
 
     def _encode(self, question: Question) -> tuple[list[int], list[int]]:
-        """A question and its answer, from the question's first word to the end of the answer's turn."""
+        """Ids and labels of a question and its answer, from its first word to the end of the answer's turn."""
         encoded = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": question.text}, {"role": "assistant", "content": question.answer}],
             chat_template=CHAT_TEMPLATE,
@@ -72,7 +72,7 @@ class RowMaker:
         return self.tokenizer(word, add_special_tokens=False).input_ids[0]
 
     def block(self, token: str, words: Sequence[tuple[Thing, tuple[str, ...]]], random: Random) -> Segment:
-        """The tokens of an image or a latent frame; each token's label is one of the words for what it shows."""
+        """The tokens of an image or a latent frame; the label of a token is one of the words for its object."""
         names = ["<start_of_world>", *[token] * self.grid**2, "<end_of_world>"]
         token_ids = self.tokenizer.convert_tokens_to_ids(names)
         labels = [IGNORE_INDEX] * len(names)
@@ -85,14 +85,14 @@ class RowMaker:
         return Segment(token_ids, labels)
 
     def motion(self, mover: Mover, frame: int) -> tuple[str, ...]:
-        """What a latent frame shows of how a thing moves: how far since the one before, and at last its pace."""
+        """Words for motion: the distance since the previous latent frame, and in the last one also the pace."""
         if frame == 0 or not any(mover.along):
             return ()
-        steps = round(mover.at(frame).distance(mover.at(frame - FRAMES_PER_LATENT)) / PIXELS_A_STEP)
+        steps = round(mover.at(frame).distance(mover.at(frame - FRAMES_PER_LATENT)) / PIXELS_PER_STEP)
         return (str(steps), mover.pace) if frame == NUM_FRAMES - 1 else (str(steps),)
 
     def world(self, scene: Scene | Clip, random: Random) -> list[Segment]:
-        """What stands for an image, or for a clip: the time of each latent frame, and its tokens."""
+        """The segments of an image or a clip; for a clip, the timestamp and the tokens of each latent frame."""
         if not self.grid:
             return []
         if isinstance(scene, Scene):
@@ -120,7 +120,7 @@ class RowMaker:
 
     def batch(self, scenes: Sequence[Scene | Clip], random: Random) -> dict[str, torch.Tensor]:
         """
-        The rows of some scenes or clips.
+        The rows of scenes or clips, padded on the right.
 
         Returns:
             `input_ids`, `labels`, `position_ids`: int64 [B, S]. `attention_mask`: bool [B, 1, S, S].
@@ -155,7 +155,7 @@ class RowMaker:
 
 
 class AnswerLoss(torch.nn.Module):
-    """A language model's loss on the answers, and the share that it would have begun right."""
+    """A language model's loss on the answers, and the share of answers whose first token is right."""
 
     def __init__(self, model: torch.nn.Module):
         super().__init__()
@@ -165,7 +165,7 @@ class AnswerLoss(torch.nn.Module):
         self, input_ids: torch.Tensor, labels: torch.Tensor, **inputs: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         outputs = self.model(input_ids=input_ids, labels=labels, **inputs)
-        in_answer = labels == input_ids  # the labels of world tokens are other than what stands there
+        in_answer = labels == input_ids  # labels of world tokens differ from the input
         starts = in_answer[:, 1:] & ~in_answer[:, :-1]
         right = (outputs.logits[:, :-1].argmax(-1) == labels[:, 1:])[starts]
         return {"loss": outputs.loss, "accuracy": right.float().mean()}

@@ -1,5 +1,5 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
-"""The training loop of every stage: batches by their step's number, so that a run goes on exactly where it stopped."""
+"""The training loop of every stage. A batch depends only on its step, so that a run resumes exactly."""
 
 import json
 import os
@@ -22,7 +22,7 @@ SAVE_EVERY = 500
 
 
 class Batches(Dataset):
-    """The batch of each step, made from the step's number alone."""
+    """The batch of each step, which depends only on the step."""
 
     def __init__(self, make_batch: Callable[[int], dict]):
         self.make_batch = make_batch
@@ -32,7 +32,7 @@ class Batches(Dataset):
 
 
 def make_optimizers(model: nn.Module, matrices: Sequence[nn.Parameter], learning_rate: float) -> list:
-    """Muon for the given matrices, at a rate per unit of their update's size as AdamW's, and AdamW for the rest."""
+    """Muon for the given matrices, with updates scaled to the size of AdamW's, and AdamW for the other parameters."""
     by_muon = {id(matrix) for matrix in matrices}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in by_muon]
     optimizers = [AdamW(others, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)]
@@ -50,15 +50,15 @@ def train(
     matrices: Sequence[nn.Parameter] = (),
 ) -> None:
     """
-    Trains a model in place, from the last checkpoint in `folder` on if there is one.
+    Trains a model in place, from the last checkpoint in `folder` if there is one.
 
     Args:
-        model: Takes a batch's entries and returns a dict of numbers, of which `loss` is minimised and all are logged.
-        make_batch: The batch of a step; called in workers.
-        steps: Optimiser steps of the whole run.
-        learning_rate: The highest; a short warm-up leads to it, and the last 40 % of the steps to nothing.
-        folder: Gets the last checkpoint, and `history.jsonl`: the numbers, a mean of every 50 steps.
-        matrices: Parameters for Muon; AdamW has the others.
+        model: Takes a batch's entries and returns a dict of scalars; `loss` is minimized, all are logged.
+        make_batch: Returns the batch of a step; called in worker processes.
+        steps: Optimizer steps of the whole run.
+        learning_rate: The peak, after a short warm-up; decays to zero in the last 40 % of the steps.
+        folder: For the last checkpoint and `history.jsonl`, the logged means of every 50 steps.
+        matrices: Parameters for Muon; AdamW trains the others.
     """
     set_seed(0)
     accelerator = Accelerator()
@@ -78,7 +78,7 @@ def train(
         history = history_file.read_text().splitlines()[: first_step // LOG_EVERY]
 
     def save(step: int) -> None:
-        """Adds a whole checkpoint, then removes the one before."""
+        """Writes a complete checkpoint, then removes the previous one."""
         accelerator.save_state(unfinished := folder / "unfinished", safe_serialization=False)
         history_file.write_text("".join(line + "\n" for line in history))
         previous = list(folder.glob("checkpoint-*"))
@@ -90,9 +90,9 @@ def train(
         Batches(make_batch),
         batch_size=None,
         sampler=range(first_step, steps),
-        # Beside a GPU the cores are free to make batches.
+        # With a GPU, the CPU cores are free to make batches.
         num_workers=os.cpu_count() - 1 if accelerator.device.type == "cuda" else 0,
-        # Its own, because a loader draws a number as it starts, which would set a resumed run's noise apart.
+        # A separate generator: a loader draws a number when it starts, which would change the noise of a resumed run.
         generator=torch.Generator(),
     )
     model.train()

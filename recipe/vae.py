@@ -1,5 +1,5 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
-"""Stage 1: a small `AutoencoderKLWan`, trained to reconstruct scenes, saved in diffusers' format."""
+"""Stage 1 trains a small `AutoencoderKLWan` to reconstruct scenes, and saves it in diffusers' format."""
 
 from pathlib import Path
 
@@ -17,13 +17,13 @@ from .trainer import train
 
 
 BATCH_SIZE = 16
-# The pull of the latents towards a unit Gaussian, a latent number, against the reconstruction's error, a pixel.
+# Weight of the KL divergence per latent element, against the reconstruction error per pixel value.
 KL_WEIGHT = 1e-3
 NUM_SCENES_FOR_STATISTICS = 2000
 
 
 def pixels_of(seeds: range) -> torch.Tensor:
-    """Scenes as float32 [B, 3, 64, 64] in [-1, 1], the numbers that the processor makes of them."""
+    """Scenes as float32 [B, 3, 64, 64] in [-1, 1], equal to the processor's pixel values."""
     images = np.stack([np.asarray(draw_scene(seed).image) for seed in seeds])
     return torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
 
@@ -48,10 +48,10 @@ class FrameAutoencoder(nn.Module):
 
 
 def train_vae(run: Path, steps: int) -> tuple[AutoencoderKLWan]:
-    """Trains the VAE, and notes its latents' statistics in its config; `run` is the folder for checkpoints."""
+    """Trains the VAE, and writes latent statistics to its config; `run` is the folder for checkpoints."""
     torch.manual_seed(0)
     vae = AutoencoderKLWan(base_dim=16, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=1)
-    # One frame never reaches the convolutions over time.
+    # A single frame does not use the temporal convolutions.
     for name, parameter in vae.named_parameters():
         parameter.requires_grad_("time_conv" not in name)
     autoencoder = FrameAutoencoder(vae)

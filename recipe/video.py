@@ -1,5 +1,5 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
-"""Stage 6: the encoder learns to see what moves. Stage 7: projection and Gemma learn to answer about clips."""
+"""Stage 6 trains the encoder to use earlier frames. Stage 7 trains projection and Gemma on clips."""
 
 from pathlib import Path
 from random import Random
@@ -22,19 +22,19 @@ from .trainer import train
 
 
 BATCH_SIZE = 8
-# The pull of a clip's latents towards those of its frames as images, against the error of the frames played back.
+# Weight of the distance between a clip's latents and those of its single frames, against the reconstruction error.
 DRIFT_WEIGHT = 0.1
 SCENE_SHARE = 0.4  # of the batches of the last stage
 
 
 def frames_of(seeds: range) -> torch.Tensor:
-    """Clips as float32 [B, T, 3, 64, 64] in [-1, 1], the numbers that the processor makes of them."""
+    """Clips as float32 [B, T, 3, 64, 64] in [-1, 1], equal to the processor's pixel values."""
     frames = np.stack([np.stack([np.asarray(frame) for frame in make_clip(seed).frames]) for seed in seeds])
     return torch.from_numpy(frames).permute(0, 1, 4, 2, 3) / 127.5 - 1
 
 
 class PastSlices(nn.Module):
-    """Parametrises a convolution over time by its slices for the past; the present's stays what it is."""
+    """Parametrizes a temporal convolution by its slices for past frames; the slice of the present is fixed."""
 
     def __init__(self, weight: torch.Tensor):
         super().__init__()
@@ -50,24 +50,24 @@ class PastSlices(nn.Module):
 @torch.no_grad()
 def inflate(encoder: TheWorldEncoder) -> list[WanCausalConv3d]:
     """
-    Makes of an encoder of images one of videos, for which a latent frame is that of the last of its frames.
+    Turns an image encoder into a video encoder in which a latent frame equals the latent of its last frame.
 
     Returns:
-        The convolutions over time, whose slices for the past are zero.
+        The temporal convolutions, whose slices for past frames are zero.
     """
     convs = [
         module for module in encoder.modules() if isinstance(module, WanCausalConv3d) and module.kernel_size[0] > 1
     ]
     for conv in convs:
         conv.weight[:, :, :-1] = 0
-        if conv.kernel_size == (3, 1, 1):  # a `time_conv`, which no image reaches
+        if conv.kernel_size == (3, 1, 1):  # a `time_conv`, which images do not use
             conv.weight[:, :, -1] = torch.eye(conv.out_channels)[..., None, None]
             conv.bias.zero_()
     return convs
 
 
 class Playback(nn.Module):
-    """An encoder on clips, and a small head that has to play the frames of each latent back."""
+    """An encoder on clips, with a small head that reconstructs the frames of each latent frame."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -88,7 +88,7 @@ class Playback(nn.Module):
 
 
 def see_motion(checkpoint: Path, run: Path, steps: int) -> tuple:
-    """Trains what an encoder of images remembers of earlier frames; what it makes of an image stays the same."""
+    """Trains an image encoder's use of earlier frames; its latents of images do not change."""
     trainee = Trainee(checkpoint)
     model = trainee.model.model.requires_grad_(False)
     torch.manual_seed(0)
@@ -108,7 +108,7 @@ def see_motion(checkpoint: Path, run: Path, steps: int) -> tuple:
 
 
 def watch(checkpoint: Path, scene_cache: Path, clip_cache: Path, run: Path, steps: int) -> tuple:
-    """Trains projection and Gemma on cached latents of clips, and of scenes too, so that they are not forgotten."""
+    """Trains projection and Gemma on cached latents of clips, mixed with scenes so that those are not forgotten."""
     trainee = Trainee(checkpoint)
     trainee.model.model.world_encoder.requires_grad_(False)
     scene_latents, clip_latents = (load_file(cache)["latents"] for cache in (scene_cache, clip_cache))

@@ -1,4 +1,4 @@
-"""Asks pip-audit about all that is pinned (`make audit`): a known vulnerability is an error, no answer is none."""
+"""Runs pip-audit on all pinned versions (`make audit`). A known vulnerability is an error; a missing answer is not."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def audit(constraints: Path) -> list[str]:
-    """What is known against the packages of a file, a line each; prints how many of them are known at all."""
+    """One line per known vulnerability of the packages in a file; prints how many packages the index knows."""
     command = [sys.executable, "-m", "pip_audit", "--no-deps", "--disable-pip", "--progress-spinner", "off"]
     finished = subprocess.run(
         [*command, "--format", "json", "--requirement", constraints], capture_output=True, text=True
@@ -18,7 +18,7 @@ def audit(constraints: Path) -> list[str]:
     try:
         packages = json.loads(finished.stdout)["dependencies"]
     except ValueError:
-        print(f"{constraints.name}: nobody answers ({finished.stderr.strip().splitlines()[-1][:200]})")
+        print(f"{constraints.name}: no answer ({finished.stderr.strip().splitlines()[-1][:200]})")
         return []
     known = [package for package in packages if "vulns" in package]
     print(f"{constraints.name}: {len(known)} of {len(packages)} packages are known to the index")
@@ -30,4 +30,4 @@ def audit(constraints: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit("\n".join(line for file in sorted(ROOT.glob("constraints*.txt")) for line in audit(file)) or 0)
+    sys.exit("\n".join(line for file in sorted((ROOT / "constraints").glob("*.txt")) for line in audit(file)) or 0)

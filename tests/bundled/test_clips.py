@@ -1,19 +1,16 @@
-"""Pins the drawn clips: the same everywhere, and answers that the frames bear out but not the last one alone."""
+"""Tests the drawn clips: equal on every machine, and with answers that need more than the last frame."""
 
 import hashlib
 from collections import Counter, defaultdict
-from pathlib import Path
 from statistics import mean
 
 import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
+from tests.helpers import ROOT
 from theworld.evaluation.clips import CLIP_KINDS, GAP, NUM_FRAMES, WAYS, make_clip
 from theworld.evaluation.scenes import COLOURS, SIZE, SPLITS
-
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +36,13 @@ def test_a_seed_gives_the_same_clip_on_every_machine():
     assert digest.hexdigest() == "d070d199096c8b8361c55b1e9df01c7a96494c5432bbe2a05c03755ed17d0b93"
 
 
-def test_the_shown_clip_is_one_kept_from_training():
+def test_the_docs_clip_is_held_out():
     with Image.open(ROOT / "assets" / "clip.png") as shown:
         frames = [frame.convert("RGB").tobytes() for frame in ImageSequence.Iterator(shown)]
     assert frames == [frame.tobytes() for frame in make_clip(SPLITS["test"][2]).frames]
 
 
-def test_guessing_the_commonest_answer_earns_no_more_than_chance(by_kind):
+def test_the_commonest_answer_scores_at_chance(by_kind):
     assert set(by_kind) == set(CLIP_KINDS)
     for kind, answers in CLIP_KINDS.items():
         counts = Counter(question.answer for _, question in by_kind[kind])
@@ -54,8 +51,8 @@ def test_guessing_the_commonest_answer_earns_no_more_than_chance(by_kind):
         assert max(counts.values()) / total < chance + 4 * np.sqrt(chance * (1 - chance) / total), kind
 
 
-def test_where_things_end_does_not_give_the_answer_away(by_kind):
-    """For each answer, the mean place of the thing asked about is the same: that of the middle of the picture."""
+def test_end_positions_do_not_reveal_the_answer(by_kind):
+    """For each answer, the mean position of the object is the same: the middle of the picture."""
     for kind, pairs in by_kind.items():
         places = defaultdict(list)
         for clip, question in pairs:
@@ -80,13 +77,13 @@ def test_things_stay_inside_and_apart(clips):
 
 
 def centre(frame: Image.Image, colour: str) -> tuple[float, float]:
-    """Where the pixels of a colour are, on the mean."""
+    """The mean position of the pixels of a color."""
     near = np.abs(np.asarray(frame, dtype=int) - COLOURS[colour]).max(-1) < 25
     rows, columns = near.nonzero()
     return columns.mean(), rows.mean()
 
 
-def test_the_frames_bear_the_answers_out(by_kind):
+def test_answers_match_the_frames(by_kind):
     for clip, question in by_kind["direction"][:60] + by_kind["speed"][:60]:
         colour = next(word for word in question.text.split() if word in COLOURS)
         ends = [np.array(centre(clip.frames[number], colour)) for number in (0, 4, 8)]

@@ -1,19 +1,19 @@
-"""Pins the recipe: what a training row shows and asks, that a run goes on where it stopped, every stage in small."""
+"""Tests the recipe: what a training row shows and asks, how a run resumes, and every stage in a few steps."""
 
 from random import Random
 
 import numpy as np
 import pytest
 import torch
-from conftest import chat
 from safetensors.torch import load_file
 from torch import nn
 
-from recipe import conversations, training, watch
+from recipe import sequences, trainer, video
 from recipe.evaluate import interval
 from recipe.pipeline import Length, train_all
 from recipe.sequences import IGNORE_INDEX, AnswerLoss, RowMaker
 from recipe.vae import pixels_of
+from tests.helpers.generation import chat
 from theworld import TheWorldForConditionalGeneration, TheWorldProcessor
 from theworld.evaluation.clips import make_clip
 from theworld.evaluation.scenes import COLOURS, SHAPES, SPLITS, draw_scene
@@ -46,9 +46,9 @@ def rows(processor):
 
 
 @pytest.mark.parametrize("kind", ["alone", "conversation"])
-def test_a_row_asks_each_question_as_a_user_would(kind, rows, model, processor, monkeypatch):
-    """Where an answer begins, the logits are those of the user's prompt: by itself, or after the turns before it."""
-    monkeypatch.setattr(conversations, "CONVERSATION_SHARE", kind == "conversation")
+def test_a_row_gives_the_logits_of_a_users_prompt(kind, rows, model, processor, monkeypatch):
+    """At the start of an answer, the logits are those of the user's prompt, alone or after earlier turns."""
+    monkeypatch.setattr(sequences, "CONVERSATION_SHARE", kind == "conversation")
     scenes = [draw_scene(0), draw_scene(1)]
     batch = rows.batch(scenes, Random(0))
     del batch["labels"]
@@ -63,7 +63,7 @@ def test_a_row_asks_each_question_as_a_user_would(kind, rows, model, processor, 
             for start in range(len(token_ids)):
                 if token_ids[start : start + len(asked)] == asked:
                     places[start + labels.count(IGNORE_INDEX) - 1] = question
-        assert len(places) == min(conversations.QUESTIONS_PER_ROW, len(scene.questions)) > 0
+        assert len(places) == min(sequences.QUESTIONS_PER_ROW, len(scene.questions)) > 0
         turns = []
         for place, question in sorted(places.items()):
             if kind == "alone":
@@ -74,7 +74,7 @@ def test_a_row_asks_each_question_as_a_user_would(kind, rows, model, processor, 
             torch.testing.assert_close(logits[row, place], expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_world_token_learns_the_name_of_what_is_drawn_at_its_place(rows):
+def test_world_token_labels_name_the_object_at_their_place(rows):
     for seed in range(20):
         scene = draw_scene(seed)
         batch = rows.batch([scene], Random(seed))
@@ -106,7 +106,7 @@ def test_the_accuracy_counts_answers_and_not_world_tokens():
 
 
 class Line(nn.Module):
-    """Fits y = w x + b, with noise, so that the state of the random numbers matters too."""
+    """Fits y = w x + b with noise, so that the random state matters too."""
 
     def __init__(self):
         super().__init__()
@@ -116,9 +116,9 @@ class Line(nn.Module):
         return {"loss": (self.linear(x) - 3 * x + 0.1 * torch.randn_like(x)).square().mean()}
 
 
-def test_an_interrupted_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "SAVE_EVERY", 4)
-    monkeypatch.setattr(training, "LOG_EVERY", 2)
+def test_an_interrupted_run_resumes_to_the_same_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "SAVE_EVERY", 4)
+    monkeypatch.setattr(trainer, "LOG_EVERY", 2)
 
     def fit(folder, stop_at=None):
         def make_batch(step):
@@ -127,7 +127,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
             return {"x": torch.randn(4, 1, generator=torch.Generator().manual_seed(step))}
 
         torch.manual_seed(0)
-        training.train(line := Line(), make_batch, 10, 1e-2, folder, matrices=[line.linear.weight])
+        trainer.train(line := Line(), make_batch, 10, 1e-2, folder, matrices=[line.linear.weight])
         return line.state_dict()
 
     whole = fit(tmp_path / "whole")
@@ -139,7 +139,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     assert histories[0] == histories[1] and histories[0].count("\n") == 5
 
 
-def test_the_stages_leave_what_each_is_to_train(recipe, model):
+def test_each_stage_changes_its_own_weights_only(recipe, model):
     before = load_file(recipe / "joined-1" / "model.safetensors")
     aligned, tuned = (load_file(recipe / f"theworld-{stage}" / "model.safetensors") for stage in ("frozen", "images"))
     for name, weights in before.items():
@@ -162,19 +162,19 @@ def test_the_cached_latents_are_those_of_the_frozen_encoder(recipe, processor):
     torch.testing.assert_close(cached[7:8], latents, atol=1e-5, rtol=1e-5)
 
 
-def test_the_vae_learns_from_the_pixels_that_the_processor_makes(processor):
+def test_the_vae_trains_on_the_processors_pixels(processor):
     scene = draw_scene(0)
     pixel_values = processor(text="<world>", images=scene.image, return_tensors="pt").pixel_values
     torch.testing.assert_close(pixels_of(range(1)), pixel_values)
 
 
-def test_what_is_finished_is_not_made_again(recipe):
+def test_finished_stages_are_not_repeated(recipe):
     times = {path: path.stat().st_mtime_ns for path in recipe.rglob("*")}
     train_all(recipe, SHORT)
     assert {path: path.stat().st_mtime_ns for path in recipe.rglob("*")} == times
 
 
-def test_to_see_motion_the_encoder_learns_its_past_alone(recipe, model):
+def test_motion_training_changes_past_frames_weights_only(recipe, model):
     before = load_file(recipe / "theworld-images" / "model.safetensors")
     after = load_file(recipe / "motion" / "model.safetensors")
     for name, weights in before.items():
@@ -190,15 +190,15 @@ def test_to_see_motion_the_encoder_learns_its_past_alone(recipe, model):
 
 
 @torch.no_grad()
-def test_an_inflated_encoder_sees_the_last_frame_of_each_latent(recipe):
+def test_an_inflated_encoder_sees_each_latents_last_frame(recipe):
     model = TheWorldForConditionalGeneration.from_pretrained(recipe / "theworld-images").model
-    watch.inflate(model.world_encoder)
-    frames = watch.frames_of(range(1))
+    video.inflate(model.world_encoder)
+    frames = video.frames_of(range(1))
     latents, images = model.get_world_latents(frames), model.get_world_latents(frames[0, ::4])
     torch.testing.assert_close(latents[0], images, atol=1e-5, rtol=1e-5)
 
 
-def test_a_row_of_a_clip_is_what_the_processor_makes_of_its_frames(rows, processor):
+def test_a_clips_row_equals_the_processors_inputs(rows, processor):
     clip = make_clip(0)
     batch = rows.batch([clip], Random(0))
     content = [{"type": "video", "video": list(clip.frames)}, {"type": "text", "text": clip.questions[0].text}]
@@ -207,7 +207,7 @@ def test_a_row_of_a_clip_is_what_the_processor_makes_of_its_frames(rows, process
     )
     start = 3 * 64  # the clip's part: the turn's opening, times and places
     assert torch.equal(batch["input_ids"][0, :start], inputs["input_ids"][0, :start])
-    torch.testing.assert_close(watch.frames_of(range(1)), inputs["pixel_values_videos"])
+    torch.testing.assert_close(video.frames_of(range(1)), inputs["pixel_values_videos"])
 
 
 def test_the_interval_is_wilsons():

@@ -1,4 +1,4 @@
-"""Pins the drawn scenes: the same everywhere, balanced answers, answers that the picture bears out."""
+"""Tests the drawn scenes: equal on every machine, with balanced answers that match the picture."""
 
 import hashlib
 from collections import Counter, defaultdict
@@ -38,7 +38,7 @@ def test_splits_share_no_seed_and_no_scene():
     assert not fingerprints["train"] & fingerprints["test"] and not fingerprints["validation"] & fingerprints["test"]
 
 
-def test_guessing_the_commonest_answer_earns_no_more_than_chance(questions):
+def test_the_commonest_answer_scores_at_chance(questions):
     assert set(questions) == set(KINDS)
     for kind, answers in KINDS.items():
         counts = Counter(question.answer for question in questions[kind])
@@ -48,8 +48,8 @@ def test_guessing_the_commonest_answer_earns_no_more_than_chance(questions):
         assert max(counts.values()) / total < chance + slack, kind
 
 
-def test_the_words_of_a_question_do_not_give_its_answer_away(questions):
-    """For the commonest wording of each kind, as for all: no answer leads by more than chance and its spread."""
+def test_wording_does_not_reveal_the_answer(questions):
+    """For all wordings and for the commonest of each kind, no answer is more frequent than chance and its spread."""
     for kind in ("existence", "relation", "count"):
         wordings = defaultdict(Counter)
         for question in questions[kind]:
@@ -63,13 +63,13 @@ def test_the_words_of_a_question_do_not_give_its_answer_away(questions):
 
 
 def near(pixels: np.ndarray, colour: str) -> np.ndarray:
-    """Which pixels have about this colour."""
+    """A mask of the pixels that have about this color."""
     return np.abs(pixels.astype(int) - np.array(COLOURS[colour])).max(-1) < 20
 
 
 @pytest.mark.parametrize("seed", SPLITS["validation"][:200])
-def test_the_picture_bears_the_answers_out(seed):
-    """Read back from the pixels: which colours are there, where, and how large."""
+def test_answers_match_the_picture(seed):
+    """The colors, positions and sizes are read from the pixels."""
     scene = draw_scene(seed)
     pixels = np.asarray(scene.image)
     assert pixels.shape == (64, 64, 3) and scene.image.mode == "RGB"

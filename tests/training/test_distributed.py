@@ -1,4 +1,4 @@
-"""Pins training on two processes by the README's own commands: the losses of one, who holds what, what is saved."""
+"""Tests the docs' commands for two processes: the losses of one process, the shares of each, and the saves."""
 
 import functools
 import json
@@ -16,28 +16,30 @@ import transformers
 from packaging import version
 from safetensors.torch import load_file
 
+from tests.helpers import ROOT
+from tests.helpers.docs import command
 from tests.helpers.fresh import load_fresh
 from tests.helpers.training_runs import run_train, write_conversations
-from theworld import TheWorldForConditionalGeneration, TheWorldProcessor, convert_weights
+from theworld import TheWorldForConditionalGeneration, TheWorldProcessor
+from theworld.checkpoints import verify
 from theworld.evaluation.scenes import draw_scene
 from theworld.modeling_theworld import TheWorldModel
 from theworld.training import precompute_latents
-from theworld.training.train import AbsentEncoder
+from theworld.training.train import RemovedEncoder
 
 
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
 needs_5_23 = pytest.mark.skipif(
     version.parse(transformers.__version__) < version.parse("5.23"),
     reason="the Trainer takes models that from_pretrained shared out from transformers 5.23 on",
 )
-# By what the README's command says: rows a process, of four in a step.
+# By what the docs' command says: rows a process, of four in a step.
 WAYS = [
     pytest.param("--num_processes 2", 2, id="DDP"),
-    pytest.param("--fsdp_size 2", 2, id="FSDP2", marks=needs_5_23),
-    pytest.param("--tp_size 2", 4, id="TP", marks=needs_5_23),
+    pytest.param("--fsdp-size 2", 2, id="FSDP2", marks=needs_5_23),
+    pytest.param("--tp-size 2", 4, id="TP", marks=needs_5_23),
 ]
-# What the tests add to the README's commands: few and comparable steps, and a checkpoint on the way.
+REPORTING = "-m tests.helpers.reporting_train"
+# What the tests add to the docs' commands: few and comparable steps, and a checkpoint on the way.
 ADDED = {
     "max_steps": 20,
     "learning_rate": 1e-4,
@@ -49,18 +51,18 @@ ADDED = {
 
 
 def command_of(pattern: str) -> str:
-    (command,) = re.findall(rf"^(?:accelerate launch|torchrun) .*{pattern}.*$", README, flags=re.MULTILINE)
-    return command
+    """The docs' command with these words; what it runs also reports."""
+    return command("docs/finetuning.md", pattern).replace("-m theworld.cli train", REPORTING)
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory) -> Callable[..., Path]:
-    """Runs a command of the README where there are `train.py`, `my-theworld` and `data`; gives `tuned`."""
+    """Runs a command of the docs where there are `my-theworld` and `data`; gives `tuned`."""
 
     def run(command: str, folder: Path, **options) -> Path:
         launcher, *words = command.split()
         words += [word for name, value in {**ADDED, **options}.items() for word in (f"--{name}", str(value))]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         command = [Path(sys.executable).parent / launcher, *words]
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -71,14 +73,13 @@ def start(tmp_path_factory) -> Callable[..., Path]:
 
 def make_folder(folder: Path) -> Path:
     write_conversations(folder / "data")
-    (folder / "train.py").symlink_to(ROOT / "tests" / "reporting_train.py")
     (folder / "my-theworld").symlink_to(ROOT)
     return folder
 
 
 @pytest.fixture(scope="module")
 def trained(start, tmp_path_factory) -> Callable[[str, int], Path]:
-    """What a command of the README saves; the same one runs once."""
+    """What a command of the docs saves; the same one runs once."""
 
     @functools.cache
     def run(command: str, rows: int) -> Path:
@@ -93,7 +94,7 @@ def reports_of(output: Path) -> list[dict]:
 
 def alone(command: str) -> str:
     """The same in one process."""
-    return "python " + re.sub(r" --(fsdp|tp)_size 2", "", command[command.index("train.py") :])
+    return "python " + re.sub(r" --(fsdp|tp)-size 2", "", command[command.index(REPORTING) :])
 
 
 @pytest.mark.parametrize(("pattern", "rows"), WAYS)
@@ -121,7 +122,7 @@ def test_two_processes_have_the_losses_of_one(pattern, rows, trained):
 
 
 @pytest.mark.parametrize(("pattern", "rows"), WAYS)
-def test_what_two_processes_save_is_an_ordinary_checkpoint(pattern, rows, trained):
+def test_two_processes_save_an_ordinary_checkpoint(pattern, rows, trained):
     output, reference = trained(command_of(pattern), rows), trained(alone(command_of(pattern)), 4)
     processor = TheWorldProcessor.from_pretrained(ROOT)
     inputs = processor(text="<world>What is it?", images=draw_scene(9).image, return_tensors="pt")
@@ -132,7 +133,7 @@ def test_what_two_processes_save_is_an_ordinary_checkpoint(pattern, rows, traine
     expected = load_file(reference / "model.safetensors")
     names = {file.name for file in (reference / "checkpoint-20").iterdir()}
     for folder in saved:
-        assert convert_weights.main(["--verify", str(folder)]) == 0
+        assert verify.main([str(folder)]) == 0
         assert {file.name for file in folder.glob("*.py")} == {name for name in names if name.endswith(".py")}
         assert (folder / "config.json").read_text() == (reference / "config.json").read_text()
     weights = load_file(output / "model.safetensors")
@@ -157,7 +158,7 @@ def test_two_processes_resume_as_an_uninterrupted_run(start, trained, tmp_path):
 @pytest.fixture(scope="module")
 def trained_on_few_images(start, tmp_path_factory) -> Callable[[str, int], dict]:
     """The report of a run in which every other conversation has no image; a step is of two conversations."""
-    # By stochastic gradient descent, to which no gradient is a gradient of zero, as it is not to momentum.
+    # With plain SGD, a missing gradient and a zero gradient have the same effect; with momentum they differ.
     options = {"train": "all", "optim": "sgd", "learning_rate": 1e-2, "max_steps": 8, "save_strategy": "no"}
     options |= {"eval_split": "validation", "eval_strategy": "steps", "eval_steps": 8, "per_device_eval_batch_size": 1}
 
@@ -180,19 +181,19 @@ def trained_on_few_images(start, tmp_path_factory) -> Callable[[str, int], dict]
 @pytest.mark.parametrize(("pattern", "rows"), WAYS)
 def test_processes_without_images_keep_in_step(pattern, rows, trained_on_few_images):
     report = trained_on_few_images(command_of(pattern), rows // 2)
-    expected = trained_on_few_images(alone(command_of("--fsdp_size 2")), 2)
+    expected = trained_on_few_images(alone(command_of("--fsdp-size 2")), 2)
     assert report["losses"] == pytest.approx(expected["losses"], abs=1e-4) and len(report["losses"]) == 8
     assert report["eval_losses"] == pytest.approx(expected["eval_losses"], abs=1e-4) and report["eval_losses"]
 
 
 @needs_5_23
-def test_training_on_latents_saves_the_encoder_that_nobody_held(start, tmp_path):
+def test_training_on_latents_saves_the_encoder_too(start, tmp_path):
     folder = make_folder(tmp_path)
     arguments = ["--model", str(ROOT), "--dataset", str(folder / "data" / "train.jsonl"), "--dtype", "float32"]
-    assert precompute_latents.main([*arguments, "--output", str(folder / "latents")]) == 0
-    command = command_of("--fsdp_size 2").replace("--train all", "--train language")
+    assert precompute_latents.main([*arguments, "--output-dir", str(folder / "latents")]) == 0
+    command = command_of("--fsdp-size 2").replace("--train all", "--train language")
     output = start(command, folder, dataset="latents", max_steps=2, per_device_train_batch_size=2)
-    assert convert_weights.main(["--verify", str(output)]) == 0
+    assert verify.main([str(output)]) == 0
     saved, before = load_file(output / "model.safetensors"), load_file(ROOT / "model.safetensors")
     encoder = [name for name in before if "world_encoder" in name]
     assert encoder and all(torch.equal(saved[name], before[name]) for name in encoder)
@@ -213,7 +214,7 @@ def test_absent_images_reach_every_weight_and_change_no_number(form, monkeypatch
     config = TheWorldForConditionalGeneration.config_class.from_pretrained(ROOT)
     model = TheWorldForConditionalGeneration(config.__class__(**{**config.to_dict(), **FORMS[form]})).train()
     if form == "latents":
-        model.model.world_encoder = AbsentEncoder()
+        model.model.world_encoder = RemovedEncoder()
     ids = torch.tensor([[2, 30, 31, 32]])
     expected = model(input_ids=ids, labels=ids)
     monkeypatch.setattr(TheWorldModel, "is_in_step", True)
@@ -236,14 +237,14 @@ def test_absent_images_reach_gemmas_own_vision_too(convert_whole, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"fsdp_size": 2, "train": "lora"}, "--train lora trains an adapter, which --fsdp_size and --tp_size cannot"),
+        ({"fsdp_size": 2, "train": "lora"}, "--train lora trains an adapter, which --fsdp-size and --tp-size cannot"),
         ({"tp_size": 2, "train": "projection"}, "--train projection trains an adapter, .* choose --train language"),
-        ({"fsdp_size": 2, "train": "all", "resume_from_checkpoint": True}, "Leave out --resume_from_checkpoint"),
-        ({"fsdp_size": 2, "tp_size": 2, "train": "all"}, "--fsdp_size 2 and --tp_size 2 cannot be combined"),
-        ({"fsdp_size": 3, "train": "all"}, "--fsdp_size 3 with --tp_size 1 needs 3 processes, got 1. Start them"),
+        ({"fsdp_size": 2, "train": "all", "resume_from_checkpoint": True}, "Omit --resume_from_checkpoint"),
+        ({"fsdp_size": 2, "tp_size": 2, "train": "all"}, "--fsdp-size 2 and --tp-size 2 cannot be combined"),
+        ({"fsdp_size": 3, "train": "all"}, "--fsdp-size 3 with --tp-size 1 needs 3 processes, got 1. Start them"),
     ],
 )
-def test_what_a_sharded_run_cannot_do_is_refused(options, message, monkeypatch, tmp_path):
+def test_what_a_sharded_run_cannot_do_is_rejected(options, message, monkeypatch, tmp_path):
     monkeypatch.setattr(transformers, "__version__", "5.23.0")
     (tmp_path / "checkpoint-1").mkdir()
     (tmp_path / "checkpoint-1" / "trainer_state.json").touch()

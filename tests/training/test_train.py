@@ -1,4 +1,4 @@
-"""Pins train.py and what it stands on: what is trained, on which text, what a save holds, and what is refused."""
+"""Tests `theworld train`: trained parts, labels, contents of saves, precomputed latents, and rejected inputs."""
 
 import json
 import re
@@ -18,29 +18,26 @@ from packaging import version
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_user_route import MODEL_FILES
 from transformers import AutoModel, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from recipe.evaluate import SceneEvaluation
+from tests.helpers import ROOT
+from tests.helpers.docs import command
 from tests.helpers.fresh import load_fresh, run_fresh
 from tests.helpers.training_runs import losses_of, run_train, write_conversations
-from theworld import TheWorldForConditionalGeneration, TheWorldProcessor, convert_weights
+from theworld import TheWorldForConditionalGeneration
+from theworld.checkpoints import verify
+from theworld.convert_weights import MODEL_FILES
 from theworld.evaluation.scenes import draw_scene
 from theworld.training import precompute_latents, train
 from theworld.training.data import ConversationCollator, load_conversations
-from theworld.training.precompute_latents import load_latents
+from theworld.training.latents import load_latents
 
 
-ROOT = Path(__file__).parents[2]
 BUNDLED = load_file(ROOT / "model.safetensors")
 EXACT = {"atol": 1e-6, "rtol": 1e-5}
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return TheWorldProcessor.from_pretrained(ROOT)
 
 
 @pytest.fixture
@@ -54,8 +51,8 @@ def dataset(tmp_path_factory) -> Path:
 
 
 def precompute(dataset: Path, output: Path, *options: str, model: Path = ROOT) -> int:
-    arguments = ["--model", str(model), "--dataset", str(dataset), "--output", str(output), "--dtype", "float32"]
-    return precompute_latents.main([*arguments, "--rows-a-shard", "6", *options])
+    arguments = ["--model", str(model), "--dataset", str(dataset), "--output-dir", str(output), "--dtype", "float32"]
+    return precompute_latents.main([*arguments, "--rows-per-shard", "6", *options])
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +98,9 @@ def rows() -> list[dict]:
 # What is trained on.
 
 
-def test_only_what_the_assistant_says_is_trained_on(processor, rows):
-    batch = ConversationCollator(processor)(rows)
-    said = [processor.decode(labels[labels != -100]) for labels in batch["labels"]]
+def test_only_what_the_assistant_says_is_trained_on(bundled_processor, rows):
+    batch = ConversationCollator(bundled_processor)(rows)
+    said = [bundled_processor.decode(labels[labels != -100]) for labels in batch["labels"]]
     assert said == [
         "a star<end_of_turn>yes<end_of_turn>a circle<end_of_turn>",
         "no<end_of_turn>",
@@ -111,42 +108,45 @@ def test_only_what_the_assistant_says_is_trained_on(processor, rows):
     ]
     counted = batch["labels"] != -100
     assert torch.equal(batch["labels"][counted], batch["input_ids"][counted])
-    assert batch["pixel_values"].shape[0] == 3 and (batch["input_ids"] == processor.image_token_id).sum() == 3 * 64
+    assert (
+        batch["pixel_values"].shape[0] == 3
+        and (batch["input_ids"] == bundled_processor.image_token_id).sum() == 3 * 64
+    )
     assert (batch["input_ids"] == 2).sum(-1).tolist() == [1, 1, 1]  # <bos>, once
 
 
 @pytest.mark.skipif(
-    version.parse(transformers.__version__) < version.parse("5.18"), reason="TRL refuses it before transformers 5.18"
+    version.parse(transformers.__version__) < version.parse("5.18"), reason="TRL rejects it before transformers 5.18"
 )
-def test_trls_own_collator_makes_the_same_batch(processor, rows):
-    theirs = DataCollatorForVisionLanguageModeling(processor, assistant_only_loss=True)(rows)
-    ours = ConversationCollator(processor)(rows)
+def test_trls_own_collator_makes_the_same_batch(bundled_processor, rows):
+    theirs = DataCollatorForVisionLanguageModeling(bundled_processor, assistant_only_loss=True)(rows)
+    ours = ConversationCollator(bundled_processor)(rows)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_latents_make_the_batch_of_their_pixels(processor, model, rows):
-    pixels = ConversationCollator(processor)(rows)
+def test_latents_make_the_batch_of_their_pixels(bundled_processor, model, rows):
+    pixels = ConversationCollator(bundled_processor)(rows)
     with torch.no_grad():
         encoded = model.get_world_latents(pixels.pop("pixel_values"))
     for row, of_row in zip(rows, encoded.split([2, 1, 0]), strict=True):
         row["world_latents"] = of_row
         del row["images"]
-    batch = ConversationCollator(processor)(rows)
+    batch = ConversationCollator(bundled_processor)(rows)
     assert torch.equal(batch.pop("world_latents"), encoded)
     assert batch.keys() == pixels.keys() and all(torch.equal(batch[name], pixels[name]) for name in batch)
 
 
-def test_a_conversation_that_would_be_cut_is_refused(processor, rows):
-    longest = ConversationCollator(processor)(rows)["input_ids"].shape[1]
-    ConversationCollator(processor, max_length=longest)(rows)
+def test_a_conversation_that_would_be_cut_is_rejected(bundled_processor, rows):
+    longest = ConversationCollator(bundled_processor)(rows)["input_ids"].shape[1]
+    ConversationCollator(bundled_processor, max_length=longest)(rows)
     with pytest.raises(
         ValueError, match=f"{longest} tokens, more than max_length={longest - 1}. Cutting it would lose"
     ):
-        ConversationCollator(processor, max_length=longest - 1)(rows)
+        ConversationCollator(bundled_processor, max_length=longest - 1)(rows)
 
 
-def test_a_conversation_longer_than_gemmas_context_is_refused(dataset, tmp_path):
+def test_a_conversation_longer_than_gemmas_context_is_rejected(dataset, tmp_path):
     for file in ROOT.iterdir():
         if file.is_file():
             shutil.copy(file, tmp_path)
@@ -157,7 +157,7 @@ def test_a_conversation_longer_than_gemmas_context_is_refused(dataset, tmp_path)
         run_train(model=tmp_path, dataset=dataset, output_dir=tmp_path / "run")
 
 
-# What trains, and what a save holds.
+# Trained parts, and the contents of saves.
 
 CHANGED = {
     "projection": {"world_projection", "embed_tokens"},
@@ -174,17 +174,17 @@ def part_of(name: str) -> str:
 
 
 @pytest.mark.parametrize("parts", CHANGED)
-def test_a_run_changes_its_parts_alone_and_reloads_by_the_plain_routes(parts, dataset, processor, tmp_path):
+def test_a_run_changes_its_parts_only_and_reloads(parts, dataset, bundled_processor, tmp_path):
     trained = run_train(dataset=dataset, train=parts, output_dir=tmp_path / "run")
     folder = tmp_path / "run"
-    inputs = processor(text="<world>What is it?", images=draw_scene(9).image, return_tensors="pt")
+    inputs = bundled_processor(text="<world>What is it?", images=draw_scene(9).image, return_tensors="pt")
     with torch.no_grad():
         logits = trained.model.eval()(**inputs).logits
     # transformers 5.17 says that it misses parts of an adapter, and leaves them out.
     if parts in ("language", "all") or version.parse(transformers.__version__) >= version.parse("5.23"):
         torch.testing.assert_close(load_fresh(inputs, folder)[0], logits, atol=1e-4, rtol=1e-4)
     loaded = []
-    assert convert_weights.main(["--verify", str(folder)]) == (parts in ("projection", "lora"))
+    assert verify.main([str(folder)]) == (parts in ("projection", "lora"))
     files = {path.name for path in folder.iterdir()}
     assert {"processor_config.json", "chat_template.jinja", "processing_theworld.py", "tokenizer.json"} <= files
     if parts in ("projection", "lora"):
@@ -196,10 +196,10 @@ def test_a_run_changes_its_parts_alone_and_reloads_by_the_plain_routes(parts, da
     else:
         merged = AutoModel.from_pretrained(folder, trust_remote_code=True)
         loaded.append(merged)
-        assert files >= MODEL_FILES
+        assert files >= set(MODEL_FILES)
         config = json.loads((folder / "config.json").read_text())
         assert config["auto_map"] == json.loads((ROOT / "config.json").read_text())["auto_map"]
-        of_turns = processor.tokenizer.convert_tokens_to_ids(["<eos>", "<end_of_turn>"])
+        of_turns = bundled_processor.tokenizer.convert_tokens_to_ids(["<eos>", "<end_of_turn>"])
         assert set(json.loads((folder / "generation_config.json").read_text())["eos_token_id"]) == set(of_turns)
     for each in loaded:
         with torch.no_grad():
@@ -216,7 +216,7 @@ def test_a_run_changes_its_parts_alone_and_reloads_by_the_plain_routes(parts, da
         assert len(rows) > 2
 
 
-def test_an_adapter_loads_in_a_fresh_process_with_nothing_installed(dataset, tmp_path):
+def test_an_adapter_loads_without_the_package(dataset, tmp_path):
     run_train(dataset=dataset, train="lora", output_dir=tmp_path / "run")
     code = """
 import sys
@@ -231,15 +231,15 @@ print(type(model).__name__, type(processor).__name__, any("lora_A" in name for n
 
 
 @pytest.mark.parametrize("parts", ["lora", "language"])
-def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(parts, dataset, processor, tmp_path):
+def test_a_resumed_run_has_the_same_losses(parts, dataset, bundled_processor, tmp_path):
     options = {"dataset": dataset, "train": parts, "max_steps": 4}
     whole = run_train(**options, output_dir=tmp_path / "whole", save_strategy="steps", save_steps=2)
     resumed = run_train(
         **options, output_dir=tmp_path / "resumed", resume_from_checkpoint=tmp_path / "whole" / "checkpoint-2"
     )
     if parts == "language":
-        assert convert_weights.main(["--verify", str(tmp_path / "whole" / "checkpoint-4")]) == 0
-        inputs = processor(text="<world>What is it?", images=draw_scene(9).image, return_tensors="pt")
+        assert verify.main([str(tmp_path / "whole" / "checkpoint-4")]) == 0
+        inputs = bundled_processor(text="<world>What is it?", images=draw_scene(9).image, return_tensors="pt")
         with torch.no_grad():
             logits = whole.model.eval()(**inputs).logits
         assert torch.equal(load_fresh(inputs, tmp_path / "whole" / "checkpoint-4")[0], logits)
@@ -266,7 +266,7 @@ def test_accumulated_batches_give_the_losses_of_one_batch(dataset, tmp_path):
     torch.testing.assert_close(losses[2], losses[0], atol=1e-4, rtol=1e-4)
 
 
-def test_transformers_own_trainer_has_the_same_losses(dataset, processor, model, tmp_path):
+def test_transformers_own_trainer_has_the_same_losses(dataset, bundled_processor, model, tmp_path):
     ours = run_train(dataset=dataset, train="all", output_dir=tmp_path, gradient_accumulation_steps=2)
     arguments = TrainingArguments(
         tmp_path,
@@ -281,15 +281,15 @@ def test_transformers_own_trainer_has_the_same_losses(dataset, processor, model,
         use_cpu=True,
         report_to="none",
     )
-    rows = load_conversations(str(dataset), "train", ConversationCollator(processor))
-    theirs = transformers.Trainer(model, arguments, ConversationCollator(processor), train_dataset=rows)
+    rows = load_conversations(str(dataset), "train", ConversationCollator(bundled_processor))
+    theirs = transformers.Trainer(model, arguments, ConversationCollator(bundled_processor), train_dataset=rows)
     theirs.train()
     losses = (torch.tensor(losses_of(run.state.log_history)) for run in (ours, theirs))
     torch.testing.assert_close(*losses, atol=1e-3, rtol=1e-3)
 
 
 def kept_for_backward(model, batch: dict) -> tuple[int, dict[str, torch.Tensor]]:
-    """Bytes that a training step keeps for its backward pass, and the gradients."""
+    """Bytes that a training step saves for its backward pass, and the gradients."""
     kept = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -304,8 +304,8 @@ def kept_for_backward(model, batch: dict) -> tuple[int, dict[str, torch.Tensor]]
 
 
 @pytest.mark.parametrize("part", ["encoder", "Gemma"])
-def test_gradient_checkpointing_keeps_less_and_gives_the_same_gradients(part, processor, model, rows):
-    batch = ConversationCollator(processor)(rows)
+def test_gradient_checkpointing_keeps_less_and_gives_the_same_gradients(part, bundled_processor, model, rows):
+    batch = ConversationCollator(bundled_processor)(rows)
     if part == "Gemma":
         model.model.world_encoder.requires_grad_(False)
     else:  # through the loss of the latents, so that Gemma's own memory is not counted
@@ -344,7 +344,7 @@ def test_compiled_steps_have_the_same_losses(latents, tmp_path):
 
 
 @pytest.mark.parametrize("parts", ["projection", "language"])
-def test_training_on_latents_is_training_on_pixels_without_the_encoder(parts, dataset, latents, processor, tmp_path):
+def test_training_on_latents_equals_training_on_pixels(parts, dataset, latents, bundled_processor, tmp_path):
     pixels = run_train(dataset=dataset, train=parts, output_dir=tmp_path / "pixels")
     run = run_train(dataset=latents, train=parts, output_dir=tmp_path / "latents")
     assert not any("world_encoder" in name for name, _ in run.model.named_parameters())
@@ -358,11 +358,13 @@ def test_training_on_latents_is_training_on_pixels_without_the_encoder(parts, da
     assert all(torch.equal(saved[name], BUNDLED[name]) for name in encoder)
     assert len(encoder) == (len([name for name in BUNDLED if "world_encoder" in name]) if parts == "language" else 0)
     if parts == "language":
-        inputs = processor(text="<world>What is it?", images=draw_scene(9).image, return_tensors="pt")
+        inputs = bundled_processor(text="<world>What is it?", images=draw_scene(9).image, return_tensors="pt")
         torch.testing.assert_close(*load_fresh(inputs, tmp_path / "latents", tmp_path / "pixels"), **EXACT)
 
 
-def test_an_interrupted_run_goes_on_after_its_last_shard(dataset, latents, processor, tmp_path, monkeypatch, capsys):
+def test_interrupted_precomputing_continues_after_its_last_shard(
+    dataset, latents, bundled_processor, tmp_path, monkeypatch, capsys
+):
     encode, calls = precompute_latents.encode, []
 
     def interrupted(*arguments):
@@ -374,20 +376,20 @@ def test_an_interrupted_run_goes_on_after_its_last_shard(dataset, latents, proce
     monkeypatch.setattr(precompute_latents, "encode", interrupted)
     assert precompute(dataset, tmp_path / "cache") == 1
     assert "error: No space left on device" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="lacks 2 of 3 shards: precompute_latents.py was interrupted"):
-        load_latents(tmp_path / "cache", str(ROOT), ConversationCollator(processor))
+    with pytest.raises(ValueError, match="lacks 2 of 3 shards: `theworld precompute-latents` was interrupted"):
+        load_latents(tmp_path / "cache", str(ROOT), ConversationCollator(bundled_processor))
     assert precompute(dataset, tmp_path / "cache") == 0
     assert len(calls) == 4  # one shard, one that failed, and the two that were missing
-    collator = ConversationCollator(processor)
+    collator = ConversationCollator(bundled_processor)
     resumed, whole = (load_latents(folder, str(ROOT), collator) for folder in (tmp_path / "cache", latents))
     assert len(resumed) == len(whole) == 16
     for row in (0, 7, 15):
         assert torch.equal(resumed[row]["world_latents"], whole[row]["world_latents"])
-    assert precompute(dataset, tmp_path / "cache", "--rows-a-shard", "5") == 1
-    assert "holds latents of another encoder, dataset or form" in capsys.readouterr().err
+    assert precompute(dataset, tmp_path / "cache", "--rows-per-shard", "5") == 1
+    assert "contains latents of another encoder, dataset or format" in capsys.readouterr().err
 
 
-def test_latents_of_changed_rows_are_not_gone_on_with(tmp_path, capsys):
+def test_latents_of_changed_rows_are_not_continued(tmp_path, capsys):
     file = written(tmp_path, {"messages": CONVERSATION, "images": ["a.png"]}, {"messages": PARTS, "images": ["a.png"]})
     assert precompute(file, tmp_path / "latents") == 0
     lines = file.read_text()
@@ -397,11 +399,11 @@ def test_latents_of_changed_rows_are_not_gone_on_with(tmp_path, capsys):
     assert precompute(file, tmp_path / "latents") == 0
     draw_scene(1).image.save(tmp_path / "a.png")
     assert precompute(file, tmp_path / "latents") == 1
-    assert capsys.readouterr().err.count("holds latents of another encoder, dataset or form") == 2
+    assert capsys.readouterr().err.count("contains latents of another encoder, dataset or format") == 2
 
 
-def test_latents_of_rows_with_and_without_images_make_the_same_batch(processor, tmp_path):
-    """A shard of six rows without an image, and one where places are parts."""
+def test_latents_of_mixed_rows_make_the_same_batch(bundled_processor, tmp_path):
+    """A shard of six rows without an image, and one whose placeholders are parts of the content."""
     text = {"messages": CONVERSATION, "images": []}
     two = [turn("user", PICTURE, "What is it?", PICTURE), turn("assistant", "a star")]
     file = written(
@@ -412,7 +414,7 @@ def test_latents_of_rows_with_and_without_images_make_the_same_batch(processor, 
         text,
     )
     assert precompute(file, tmp_path / "latents") == 0
-    collator = ConversationCollator(processor)
+    collator = ConversationCollator(bundled_processor)
     pixels = load_conversations(str(file), "train", collator)
     latents = load_latents(tmp_path / "latents", str(ROOT), collator)
     for some in ([0], [5, 6], [0, 6, 7, 8]):
@@ -434,11 +436,11 @@ def test_images_of_their_own_sizes_are_not_made_latents(dataset, tmp_path, capsy
     file = tmp_path / "m" / "processor_config.json"
     file.write_text(file.read_text().replace('"do_resize": true', '"do_resize": false'))
     assert precompute(dataset, tmp_path / "latents", model=tmp_path / "m") == 1
-    assert "keeps images at their own sizes, but latents must have one" in capsys.readouterr().err
+    assert "does not resize images, but all latents need one size" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change", ["weights", "size", "normalization"])
-def test_latents_of_another_encoder_are_refused(change, latents, tmp_path):
+def test_latents_of_another_encoder_are_rejected(change, latents, tmp_path):
     other = copy_of_the_bundled_model(tmp_path / "other")
     if change == "weights":
         name = "model.world_encoder.quant_conv.bias"
@@ -455,39 +457,39 @@ def test_latents_of_another_encoder_are_refused(change, latents, tmp_path):
         run_train(dataset=latents, model=other, output_dir=tmp_path / "run")
 
 
-def test_what_latents_cannot_do_is_refused(latents, tmp_path):
-    with pytest.raises(ValueError, match="--train all trains the encoder, which latents have behind them"):
+def test_options_that_latents_cannot_serve_are_rejected(latents, tmp_path):
+    with pytest.raises(ValueError, match="--train all trains the encoder, which needs images, not latents"):
         run_train(dataset=latents, train="all", output_dir=tmp_path)
-    with pytest.raises(ValueError, match="holds the latents of one split"):
+    with pytest.raises(ValueError, match="contains the latents of one split"):
         run_train(dataset=latents, eval_split="validation", eval_strategy="steps", eval_steps=1, output_dir=tmp_path)
-    with pytest.raises(ValueError, match="holds the latents of split 'train', got --split test"):
+    with pytest.raises(ValueError, match="contains the latents of split 'train', got --split test"):
         run_train(dataset=latents, split="test", output_dir=tmp_path)
 
 
-# What is refused, and what survives.
+# Rejected inputs, and interrupted runs.
 
 
-def test_what_an_earlier_run_left_is_replaced_only_when_asked(dataset, processor, tmp_path):
+def test_an_earlier_run_is_replaced_with_overwrite_only(dataset, bundled_processor, tmp_path):
     options = {"dataset": dataset, "output_dir": tmp_path / "run"}
     run_train(**options, train="language", max_steps=1, save_strategy="steps", save_steps=1)
     before = (tmp_path / "run" / "SHA256SUMS").read_text()
     for parts in ("projection", "language"):
-        with pytest.raises(FileExistsError, match="run holds checkpoint-1, config.json of an earlier run. Ch"):
+        with pytest.raises(FileExistsError, match="run contains checkpoint-1, config.json of an earlier run. Ch"):
             run_train(**{**options, "dataset": "none"}, train=parts)
-    with pytest.raises(ValueError, match="--output_dir is .*run, the --model that the run starts from"):
+    with pytest.raises(ValueError, match="--output-dir is .*run, the --model that the run starts from"):
         run_train(**options, model=tmp_path / "run", overwrite=True)
     assert (tmp_path / "run" / "SHA256SUMS").read_text() == before
     run = run_train(**options, train="projection", max_steps=1, overwrite=True)
     assert not (tmp_path / "run" / "config.json").exists() and (tmp_path / "run" / "adapter_config.json").is_file()
     assert (tmp_path / "run" / "checkpoint-1" / "config.json").is_file()
     if version.parse(transformers.__version__) >= version.parse("5.23"):
-        inputs = processor(text="<world>What is it?", images=draw_scene(9).image, return_tensors="pt")
+        inputs = bundled_processor(text="<world>What is it?", images=draw_scene(9).image, return_tensors="pt")
         with torch.no_grad():
             logits = run.model.eval()(**inputs).logits
         torch.testing.assert_close(load_fresh(inputs, tmp_path / "run")[0], logits, **EXACT)
 
 
-def test_resuming_takes_the_newest_checkpoint_or_a_named_one(dataset, tmp_path):
+def test_resuming_uses_the_newest_or_the_named_checkpoint(dataset, tmp_path):
     options = {"dataset": dataset, "output_dir": tmp_path / "run", "train": "projection"}
     for which, where in ((True, "in .*run"), (tmp_path / "none", "at .*none"), ("yes", "at yes")):
         with pytest.raises(ValueError, match=f"takes a folder `checkpoint-N` .* or `true` .* There is none {where}"):
@@ -498,18 +500,18 @@ def test_resuming_takes_the_newest_checkpoint_or_a_named_one(dataset, tmp_path):
     assert resumed.args.resume_from_checkpoint.endswith("checkpoint-2") and resumed.state.global_step == 3
 
 
-def test_a_checkpoint_that_cannot_be_resumed_is_refused(dataset, tmp_path):
+def test_a_checkpoint_that_cannot_be_resumed_is_rejected(dataset, tmp_path):
     options = {"dataset": "none", "output_dir": tmp_path, "resume_from_checkpoint": True}
     checkpoint = tmp_path / "checkpoint-1"
     checkpoint.mkdir()
     (checkpoint / "trainer_state.json").write_text("{}")
-    with pytest.raises(ValueError, match="checkpoint-1 holds a model without its optimizer .* with it as --model"):
+    with pytest.raises(ValueError, match="checkpoint-1 has no optimizer state .* with it as --model"):
         run_train(**options)
     (checkpoint / "optimizer.pt").touch()
-    with pytest.raises(ValueError, match="holds a whole model, and --train lora trains an adapter. Resume with"):
+    with pytest.raises(ValueError, match="is a whole model, but --train lora trains an adapter. Resume with"):
         run_train(**options, train="lora")
     (checkpoint / "adapter_config.json").touch()
-    with pytest.raises(ValueError, match="holds an adapter, and --train all trains a whole model. Resume with"):
+    with pytest.raises(ValueError, match="is an adapter, but --train all trains a whole model. Resume with"):
         run_train(**options, train="all")
 
 
@@ -550,10 +552,10 @@ def asked(*content: str | dict, answer: str = "a star", **fields) -> list[dict]:
     ],
     ids=["column", "image column", "LLaVA", "videos", "a video", "an image", "tools"],
 )
-def test_columns_that_would_be_lost_are_refused(row, message, processor, tmp_path, capsys):
+def test_unread_columns_are_rejected(row, message, bundled_processor, tmp_path, capsys):
     file = written(tmp_path, row)
     with pytest.raises(ValueError, match=message):
-        load_conversations(str(file), "train", ConversationCollator(processor))
+        load_conversations(str(file), "train", ConversationCollator(bundled_processor))
     assert precompute(file, tmp_path / "latents") == 1
     assert re.search(message, capsys.readouterr().err) and not (tmp_path / "latents").exists()
 
@@ -579,13 +581,13 @@ BAD_ROWS = {
         [],
         "Message 1 must have `role` and `content`, got from, value",
     ),
-    "LLaVA's place": (asked("<image>\nWhat is it?"), ["a.png"], "text of message 1 holds '<image>'"),
-    "LLaVA's place, no image": (asked("What is it?\n<image>"), [], "text of message 1 holds '<image>'"),
-    "a place in a sentence": (asked("What is <image> here?"), ["a.png"], "text of message 1 holds '<image>'"),
-    "LLaVA's video": (asked("<video>\nWhat is it?"), [], "text of message 1 holds '<video>'"),
-    "a typed place": (asked("<world>What is it?"), ["a.png"], "holds <world>, which stands for an image"),
-    "a typed end of a turn": (asked("a", answer="b<end_of_turn>"), [], "text of message 2 holds '<end_of_turn>'"),
-    "a typed beginning": (asked("<bos>a"), [], "text of message 1 holds '<bos>'"),
+    "LLaVA's placeholder": (asked("<image>\nWhat is it?"), ["a.png"], "text of message 1 contains '<image>'"),
+    "LLaVA's placeholder, no image": (asked("What is it?\n<image>"), [], "text of message 1 contains '<image>'"),
+    "a placeholder in a sentence": (asked("What is <image> here?"), ["a.png"], "text of message 1 contains '<image>'"),
+    "LLaVA's video": (asked("<video>\nWhat is it?"), [], "text of message 1 contains '<video>'"),
+    "a typed placeholder": (asked("<world>What is it?"), ["a.png"], "holds <world>, which stands for an image"),
+    "a typed end of a turn": (asked("a", answer="b<end_of_turn>"), [], "text of message 2 contains '<end_of_turn>'"),
+    "a typed beginning": (asked("<bos>a"), [], "text of message 1 contains '<bos>'"),
     "a video": (asked({"type": "video"}, {"type": "text", "text": "a"}), [], "A part of message 1 must be .*'video'"),
     "an image in its part": (
         asked({"type": "image", "path": "a.png"}, {"type": "text", "text": "a"}),
@@ -595,9 +597,13 @@ BAD_ROWS = {
     "images out of order": (
         asked({"type": "image", "index": 1}, {"type": "image", "index": 0}),
         ["a.png", "a.png"],
-        "Place 0 for an image has another `index`",
+        "Image placeholder 0 has another `index`",
     ),
-    "no place": (asked({"type": "text", "text": "a"}), ["a.png"], r"images provided \(1\) does not match .* \(0\)"),
+    "no placeholder": (
+        asked({"type": "text", "text": "a"}),
+        ["a.png"],
+        r"images provided \(1\) does not match .* \(0\)",
+    ),
     "no image": (PARTS, [], r"images provided \(0\) does not match number of image placeholders \(1\)"),
     "a number as content": (
         [{"role": "user", "content": 3}, CONVERSATION[1]],
@@ -616,7 +622,7 @@ BAD_ROWS = {
     "a text file as image": (
         CONVERSATION,
         ["train.jsonl"],
-        "train.jsonl cannot be decoded: it is in no format that can be read",
+        "train.jsonl cannot be decoded: its format is unknown",
     ),
     "half an image": (CONVERSATION, ["half.png"], "The image .*half.png cannot be decoded: .*truncated"),
     "a long one": (asked("a" * 200), ["a.png"], r"has \d+ tokens, more than max_length=150"),
@@ -625,16 +631,16 @@ BAD_ROWS = {
 
 
 @pytest.mark.parametrize("name", BAD_ROWS)
-def test_a_bad_row_is_refused_by_its_number(name, processor, tmp_path):
+def test_a_bad_row_is_rejected_by_its_number(name, bundled_processor, tmp_path):
     messages, images, message = BAD_ROWS[name]
     good = [{"messages": CONVERSATION, "images": ["a.png"]}, {"messages": PARTS, "images": ["a.png"]}]
     file = written(tmp_path, *good, {"messages": messages, "images": images})
     (tmp_path / "half.png").write_bytes((tmp_path / "a.png").read_bytes()[:-20])
     with pytest.raises(ValueError, match=f"(?s)Row 2 of the dataset cannot be trained on: .*{message}"):
-        load_conversations(str(file), "train", ConversationCollator(processor, max_length=150))
+        load_conversations(str(file), "train", ConversationCollator(bundled_processor, max_length=150))
 
 
-def test_a_bad_row_ends_a_run_before_the_model_loads(processor, tmp_path, monkeypatch, capsys):
+def test_a_bad_row_is_rejected_before_loading_the_model(bundled_processor, tmp_path, monkeypatch, capsys):
     file = written(tmp_path, {"messages": CONVERSATION, "images": ["a.png"]}, {"messages": [], "images": []})
     for script in (train, precompute_latents):
         monkeypatch.setattr(script, "AutoModel", None)
@@ -644,30 +650,30 @@ def test_a_bad_row_ends_a_run_before_the_model_loads(processor, tmp_path, monkey
     assert "error: Row 1 of the dataset cannot be trained on" in capsys.readouterr().err
 
 
-def test_a_damaged_image_in_a_parquet_file_is_refused(processor, tmp_path):
+def test_a_damaged_image_in_a_parquet_file_is_rejected(bundled_processor, tmp_path):
     whole = BytesIO()
     draw_scene(1).image.save(whole, "PNG")
     for content, message in (
-        (b"no image", "in this row cannot be decoded: it is in"),
+        (b"no image", "in this row cannot be decoded: its format"),
         (whole.getvalue()[:-30], "truncated"),
     ):
         rows = Dataset.from_dict({"messages": [CONVERSATION] * 2, "images": [[], [{"bytes": content, "path": None}]]})
         rows.cast_column("images", List(ImageFeature())).to_parquet(tmp_path / "train-00000.parquet")
         with pytest.raises(ValueError, match=f"Row 1 of the dataset cannot be trained on: .*{message}"):
-            load_conversations(str(tmp_path), "train", ConversationCollator(processor))
+            load_conversations(str(tmp_path), "train", ConversationCollator(bundled_processor))
 
 
-def test_the_longest_conversation_that_passes_fits_its_batch(processor, rows):
-    """What is counted before training is what a batch then has."""
+def test_the_longest_conversation_that_passes_fits_its_batch(bundled_processor, rows):
+    """The tokens counted before training are those of the batch."""
     for row in rows:
-        length = ConversationCollator(processor)([row])["input_ids"].shape[1]
+        length = ConversationCollator(bundled_processor)([row])["input_ids"].shape[1]
         sizes = [image.size[::-1] for image in row["images"]]
-        ConversationCollator(processor, max_length=length).check(row["messages"], sizes)
+        ConversationCollator(bundled_processor, max_length=length).check(row["messages"], sizes)
         with pytest.raises(ValueError, match=f"{length} tokens, more than max_length={length - 1}"):
-            ConversationCollator(processor, max_length=length - 1).check(row["messages"], sizes)
+            ConversationCollator(bundled_processor, max_length=length - 1).check(row["messages"], sizes)
 
 
-def test_other_forms_of_the_same_conversation_make_the_same_batch(processor):
+def test_other_forms_of_a_conversation_make_equal_batches(bundled_processor):
     image = draw_scene(1).image
     plain = {"messages": CONVERSATION, "images": [image]}
     nulls = [
@@ -679,42 +685,42 @@ def test_other_forms_of_the_same_conversation_make_the_same_batch(processor):
         {"messages": asked(*nulls, name=None), "images": [image]},  # as Parquet files have them
         {"messages": [PARTS[0], CONVERSATION[1]], "images": [image]},
     ]
-    collator = ConversationCollator(processor)
+    collator = ConversationCollator(bundled_processor)
     expected = collator([plain])
     for row in others:
         batch = collator([row])
         assert all(torch.equal(batch[name], expected[name]) for name in expected)
 
 
-def test_a_later_question_as_text_gets_no_image(processor):
-    batch = ConversationCollator(processor)([{"messages": PARTS + CONVERSATION, "images": [PICTURE]}])
-    prompt = processor.decode(batch["input_ids"][0])
+def test_a_later_question_as_text_gets_no_image(bundled_processor):
+    batch = ConversationCollator(bundled_processor)([{"messages": PARTS + CONVERSATION, "images": [PICTURE]}])
+    prompt = bundled_processor.decode(batch["input_ids"][0])
     assert prompt.index("<world>") < prompt.index("What is it?") and prompt.count("<start_of_world>") == 1
 
 
 @pytest.mark.parametrize("form", ["file", "folder"])
-def test_answers_that_are_json_stay_text(form, processor, tmp_path):
+def test_answers_that_are_json_stay_text(form, bundled_processor, tmp_path):
     answers = ["3", "3.10", "null", "true", '"a"', "[1]", '{"a": 1}', "three"]
     rows = [{"messages": asked({"type": "text", "text": "a"}, answer=answer), "images": []} for answer in answers]
     source = written(tmp_path, *rows) if form == "file" else written(tmp_path, *rows).parent
-    loaded = load_conversations(str(source), "train", ConversationCollator(processor))
+    loaded = load_conversations(str(source), "train", ConversationCollator(bundled_processor))
     assert [row["messages"][1]["content"] for row in loaded] == answers
 
 
-def test_what_stands_for_no_image_may_be_said(processor, tmp_path):
+def test_image_tags_of_other_formats_are_plain_text(bundled_processor, tmp_path):
     told = asked("How does <video> differ from <image> in HTML?", answer="<image> is no tag.")
     file = written(tmp_path, {"messages": told, "images": [], "videos": [], "tools": None, "image": ""})
-    assert len(load_conversations(str(file), "train", ConversationCollator(processor))) == 1
+    assert len(load_conversations(str(file), "train", ConversationCollator(bundled_processor))) == 1
 
 
-def test_a_column_that_is_not_read_is_named(processor, tmp_path):
+def test_a_column_that_is_not_read_is_named(bundled_processor, tmp_path):
     file = written(tmp_path, {"messages": CONVERSATION, "images": [], "source": "here", "id": 3})
     with pytest.warns(UserWarning, match=r"Training does not read the column\(s\) id, source of"):
-        load_conversations(str(file), "train", ConversationCollator(processor))
+        load_conversations(str(file), "train", ConversationCollator(bundled_processor))
 
 
-def test_folders_and_parquet_load_too(dataset, processor, tmp_path):
-    collator = ConversationCollator(processor)
+def test_folders_and_parquet_load_too(dataset, bundled_processor, tmp_path):
+    collator = ConversationCollator(bundled_processor)
     rows = load_conversations(str(dataset), "train", collator)
     from_folder = load_conversations(str(dataset.parent), "train", collator)
     rows.to_parquet(tmp_path / "train-00000.parquet")
@@ -727,10 +733,10 @@ def test_folders_and_parquet_load_too(dataset, processor, tmp_path):
 # Splits and options.
 
 
-def test_parts_of_a_file_train_and_evaluate_apart(dataset, processor, tmp_path):
+def test_parts_of_a_file_train_and_evaluate_apart(dataset, bundled_processor, tmp_path):
     options = {"split": "train[:75%]", "eval_split": "train[75%:]", "eval_strategy": "steps", "eval_steps": 1}
     run = run_train(dataset=dataset, output_dir=tmp_path, max_steps=1, **options)
-    whole = load_conversations(str(dataset), "train", ConversationCollator(processor))["messages"][:]
+    whole = load_conversations(str(dataset), "train", ConversationCollator(bundled_processor))["messages"][:]
     assert run.train_dataset["messages"][:] == whole[:12] and run.eval_dataset["messages"][:] == whole[12:]
 
 
@@ -745,16 +751,16 @@ EVALUATE = {"eval_strategy": "steps", "eval_steps": 1}
             "is one file, whose only split is 'train', got 'validation'",
         ),
         ({"split": "test"}, "is one file, whose only split is 'train', got 'test'"),
-        ({"eval_split": "train", **EVALUATE}, "--eval_split train holds rows that --split train trains on"),
-        ({"eval_split": "train[8:]", **EVALUATE}, r"--eval_split train\[8:\] holds rows that --split train trains on"),
-        ({"eval_split": "train[8:]", "split": "train[:8]"}, "is never evaluated on without --eval_strategy"),
-        (EVALUATE, "need --eval_split, the split to evaluate on"),
-        ({"eval_on_start": True}, "need --eval_split, the split to evaluate on"),
-        ({"lora_rank": 4, "train": "language"}, "--lora_rank is for --train lora, got --train language"),
+        ({"eval_split": "train", **EVALUATE}, "--eval-split train contains rows of --split train"),
+        ({"eval_split": "train[8:]", **EVALUATE}, r"--eval-split train\[8:\] contains rows of --split train"),
+        ({"eval_split": "train[8:]", "split": "train[:8]"}, "is never evaluated without --eval_strategy"),
+        (EVALUATE, "need --eval-split, the split to evaluate on"),
+        ({"eval_on_start": True}, "need --eval-split, the split to evaluate on"),
+        ({"lora_rank": 4, "train": "language"}, "--lora-rank is for --train lora, got --train language"),
     ],
     ids=repr,
 )
-def test_a_split_or_option_without_effect_is_refused(options, message, dataset, tmp_path):
+def test_a_split_or_option_without_effect_is_rejected(options, message, dataset, tmp_path):
     with pytest.raises(ValueError, match=message):
         run_train(dataset=dataset, output_dir=tmp_path, **options)
 
@@ -765,15 +771,15 @@ GIVEN |= {"dataset_num_proc": 2, "pad_to_multiple_of": 8, "pad_token": "<pad>", 
 
 @pytest.mark.filterwarnings("ignore:`pad_token` is deprecated")
 @pytest.mark.parametrize("name", train.WITHOUT_EFFECT)
-def test_an_option_that_the_collator_ignores_is_refused(name, dataset, tmp_path):
-    with pytest.raises(ValueError, match=f"--{name} would change nothing: whole conversations are trained on"):
+def test_an_option_that_the_collator_ignores_is_rejected(name, dataset, tmp_path):
+    with pytest.raises(ValueError, match=f"--{name} would have no effect: the loss is that of the assistant's"):
         given = GIVEN.get(name, not train.WITHOUT_EFFECT[name])
         run_train(dataset=dataset, output_dir=tmp_path, **{name: given})
 
 
-def test_a_split_to_evaluate_on_is_evaluated_and_scenes_too(dataset, processor, tmp_path):
+def test_the_evaluation_split_and_scenes_are_evaluated(dataset, bundled_processor, tmp_path):
     folder = tmp_path / "data"
-    rows = load_conversations(str(dataset), "train", ConversationCollator(processor))
+    rows = load_conversations(str(dataset), "train", ConversationCollator(bundled_processor))
     folder.mkdir()
     rows.to_parquet(folder / "train-00000.parquet")
     rows.select(range(4)).to_parquet(folder / "validation-00000.parquet")
@@ -784,7 +790,7 @@ def test_a_split_to_evaluate_on_is_evaluated_and_scenes_too(dataset, processor, 
 
 
 @pytest.mark.parametrize("of", [transformers.Trainer, SFTTrainer], ids=["transformers", "TRL"])
-def test_metrics_are_computed_where_some_batches_have_no_picture(of, processor, model, rows, tmp_path):
+def test_metrics_include_batches_without_images(of, bundled_processor, model, rows, tmp_path):
     options = {
         "per_device_eval_batch_size": 1,
         "use_cpu": True,
@@ -797,7 +803,7 @@ def test_metrics_are_computed_where_some_batches_have_no_picture(of, processor, 
     else:
         arguments = TrainingArguments(tmp_path, **options)
     arguments.remove_unused_columns = False
-    collator, dataset = ConversationCollator(processor), Dataset.from_list(rows)
+    collator, dataset = ConversationCollator(bundled_processor), Dataset.from_list(rows)
     seen = []
 
     def metrics(prediction) -> dict:
@@ -810,7 +816,7 @@ def test_metrics_are_computed_where_some_batches_have_no_picture(of, processor, 
         collator,
         train_dataset=dataset,
         eval_dataset=dataset,
-        processing_class=processor,
+        processing_class=bundled_processor,
         compute_metrics=metrics,
     )
     measured = trainer.evaluate()
@@ -845,48 +851,48 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(dataset, tmp_path):
 # Without any of our scripts.
 
 
-def test_trls_collator_trains_on_completions_alone(processor, rows):
+def test_trls_collator_trains_on_completions_alone(bundled_processor, rows):
     row = {"prompt": rows[1]["messages"][:-1], "completion": rows[1]["messages"][-1:], "images": rows[1]["images"]}
-    (labels,) = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)([row])["labels"]
-    assert processor.decode(labels[labels != -100]) == "no<end_of_turn>\n"
+    (labels,) = DataCollatorForVisionLanguageModeling(bundled_processor, completion_only_loss=True)([row])["labels"]
+    assert bundled_processor.decode(labels[labels != -100]) == "no<end_of_turn>\n"
 
 
 @pytest.mark.parametrize("form", ["messages", "prompt and completion"])
-def test_trls_own_command_line_trains_the_bundled_model(form, dataset, processor, tmp_path):
+def test_trls_own_command_line_trains_the_bundled_model(form, dataset, bundled_processor, tmp_path):
     """On transformers 5.17 TRL masks prompts of the second form alone."""
-    options = ["--completion_only_loss", "true"]
-    rows = load_conversations(str(dataset), "train", ConversationCollator(processor))
+    rows = load_conversations(str(dataset), "train", ConversationCollator(bundled_processor))
     columns = {"images": rows["images"]}
     if form == "messages":
         if version.parse(transformers.__version__) < version.parse("5.18"):
             pytest.skip("TRL masks the prompts of `messages` with images from transformers 5.18 on")
         columns["messages"] = rows["messages"]
-        options = ["--assistant_only_loss", "true"]
     else:
         columns |= {"prompt": [m[:-1] for m in rows["messages"]], "completion": [m[-1:] for m in rows["messages"]]}
     (tmp_path / "data").mkdir()
     Dataset.from_dict(columns, features=None).cast_column("images", rows.features["images"]).to_parquet(
         tmp_path / "data" / "train-00000.parquet"
     )
-    command = [Path(sys.executable).parent / "trl", "sft", "--model_name_or_path", ROOT, "--trust_remote_code", "true"]
-    command += ["--dataset_name", tmp_path / "data", "--output_dir", tmp_path / "run", "--max_length", "200", *options]
-    command += [
-        "--max_steps",
-        "3",
-        "--per_device_train_batch_size",
-        "4",
-        "--learning_rate",
-        "1e-3",
-        "--use_cpu",
-        "true",
-    ]
-    command += ["--logging_steps", "1", "--report_to", "none", "--bf16", "false", "--save_steps", "3"]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    (tmp_path / "my-theworld").symlink_to(ROOT)
+    program, *words = command("docs/finetuning.md", "trl sft").split()
+    if form == "prompt and completion":
+        words[words.index("--assistant_only_loss")] = "--completion_only_loss"
+    few = {
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_steps": 3,
+    }
+    few |= {"use_cpu": "true", "report_to": "none", "bf16": "false"}
+    words += [word for name, value in few.items() for word in (f"--{name}", str(value))]
+    done = subprocess.run(
+        [Path(sys.executable).parent / program, *words], capture_output=True, text=True, timeout=300, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    state = json.loads((tmp_path / "run" / "checkpoint-3" / "trainer_state.json").read_text())
+    state = json.loads((tmp_path / "tuned" / "checkpoint-3" / "trainer_state.json").read_text())
     losses = losses_of(state["log_history"])
     assert len(losses) == 3 and losses[-1] < losses[0]
     if form == "messages":
         ours = run_train(dataset=dataset, train="all", output_dir=tmp_path / "ours")
         assert losses == pytest.approx(losses_of(ours.state.log_history), abs=1e-2)
-    load_fresh(processor(text="How many?", return_tensors="pt"), tmp_path / "run")
+    load_fresh(bundled_processor(text="How many?", return_tensors="pt"), tmp_path / "tuned")
