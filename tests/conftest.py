@@ -5,14 +5,14 @@ import os
 import tempfile
 
 
-# Before transformers is imported: an empty cache, so that nothing a developer has at hand can help a test.
+# Before transformers is imported: an empty cache, so that no test depends on a developer's downloads.
 CACHE = tempfile.TemporaryDirectory(prefix="theworld-tests-")
 os.environ |= {
     "HF_HOME": CACHE.name,
     "HF_MODULES_CACHE": f"{CACHE.name}/modules",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    # Bounded, for the processes that tests start too; 1 where something else runs beside the tests.
+    # Also for the processes that tests start; 1 if other work runs at the same time.
     "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),
 }
 
@@ -23,29 +23,17 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from transformers import AutoModel, AutoProcessor  # noqa: E402
 
+
+pytest.register_assert_rewrite("tests.helpers")
+from tests.helpers import ROOT  # noqa: E402
 from tests.helpers.checkpoints import TEXT_CONFIGS, make_gemma, make_multimodal_gemma, make_pipeline  # noqa: E402
 from theworld import convert_weights  # noqa: E402
 from theworld.evaluation.scenes import SPLITS, draw_scene  # noqa: E402
 
 
-ROOT = Path(__file__).parents[1]
-
-
-def chat(processor, image: Image.Image, *turns: str):
-    """The prompt of a conversation about an image: the user's turn, the answer, the user's next turn, ..."""
-    messages = [
-        {"role": "assistant" if number % 2 else "user", "content": [{"type": "text", "text": turn}]}
-        for number, turn in enumerate(turns)
-    ]
-    messages[0]["content"].insert(0, {"type": "image", "image": image})
-    return processor.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
-
-
 @pytest.fixture(autouse=True)
 def compiler_that_remembers_nothing(request):
-    """What earlier tests compiled counts towards dynamo's limit, after which it compiles no more."""
+    """Resets dynamo: code that earlier tests compiled counts towards its limit, after which it stops compiling."""
     if "compil" in request.node.name:  # compiles, compilation
         torch.compiler.reset()
 
@@ -62,15 +50,15 @@ def sources(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def convert(sources, tmp_path_factory):
-    """Runs convert_weights.py's main on the sources; the same options give the same folder."""
+    """Runs `theworld convert` on the sources; the same options give the same folder."""
     folders = {}
 
     def run(family: str = "gemma2", *options: str) -> Path:
         key = (family, *options)
         if key not in folders:
             folder = tmp_path_factory.mktemp("converted") / "theworld"
-            arguments = ["--vae", str(sources / "pipeline"), "--gemma", str(sources / family), "--output", str(folder)]
-            defaults = ["--image-size", "64", "--dtype", "float32"]
+            arguments = ["--vae", str(sources / "pipeline"), "--gemma", str(sources / family)]
+            defaults = ["--output-dir", str(folder), "--image-size", "64", "--dtype", "float32"]
             assert convert_weights.main([*arguments, *defaults, *options]) == 0
             folders[key] = folder
         return folders[key]
@@ -80,18 +68,18 @@ def convert(sources, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def gemma_folder(tmp_path_factory) -> Path:
-    """A Gemma 3 with its own vision."""
+    """A Gemma 3 with its vision tower."""
     return make_multimodal_gemma(tmp_path_factory.mktemp("multimodal") / "gemma3")
 
 
 @pytest.fixture(scope="session")
 def convert_whole(sources, gemma_folder, tmp_path_factory):
-    """Converts the Gemma 3 with its vision, with options; the same options give the same folder."""
+    """Converts the Gemma 3 with its vision tower; the same options give the same folder."""
 
     @functools.cache
     def run(*options: str) -> Path:
         folder = tmp_path_factory.mktemp("whole") / "theworld"
-        arguments = ["--vae", str(sources / "pipeline"), "--gemma", str(gemma_folder), "--output", str(folder)]
+        arguments = ["--vae", str(sources / "pipeline"), "--gemma", str(gemma_folder), "--output-dir", str(folder)]
         defaults = ["--image-size", "64", "--dtype", "float32", "--vision"]
         assert convert_weights.main([*arguments, *defaults, *options]) == 0
         return folder
@@ -113,6 +101,18 @@ def model(checkpoint):
 @pytest.fixture
 def processor(checkpoint):
     return AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+
+
+@pytest.fixture(scope="session")
+def bundled_model():
+    """The model in the repo's root. It is shared: a test that changes it loads its own."""
+    return AutoModel.from_pretrained(ROOT, trust_remote_code=True).eval()
+
+
+@pytest.fixture(scope="session")
+def bundled_processor():
+    """The processor in the repo's root. It is shared: a test that changes it loads its own."""
+    return AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
 
 
 @pytest.fixture(scope="session")

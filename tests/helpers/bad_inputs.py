@@ -1,8 +1,8 @@
 """
-What people hand in that a model repo meets badly: a name, what is done, and what is expected of it.
+A table of invalid or unusual inputs and the expected results.
 
-Expected is either a pattern, which the message of a ValueError or TypeError must hold, or what the same call gives for
-the input as it should have been. `test_bad_inputs.py` tries all of it, and files that are damaged by chance.
+The expected result is either a pattern that the message of a ValueError or TypeError must contain, or the result of
+the same call for the intended input. `test_bad_inputs.py` checks every row, and randomly damaged files.
 """
 
 import base64
@@ -29,8 +29,8 @@ from theworld import TheWorldForConditionalGeneration, TheWorldProcessor
 @dataclass(frozen=True)
 class Given:
     """
-    What a row works with: a checkpoint of images of 64 pixels a side, and a folder for files; and the same of a
-    checkpoint `with_vision`, Gemma 3's own.
+    What the rows use: a checkpoint for images of 64x64 pixels, a folder for files, and the same for a checkpoint
+    `with_vision`, Gemma 3's vision tower.
     """
 
     model: TheWorldForConditionalGeneration
@@ -49,8 +49,8 @@ class Given:
     def frames(self, *videos: Any, **options) -> torch.Tensor:
         return self.processor(videos=list(videos), return_tensors="pt", **options)["pixel_values_videos"]
 
-    def places(self, text: Any, images: Any = None, **options) -> list[int]:
-        """The number of `<world>` places in each prompt."""
+    def count_placeholders(self, text: Any, images: Any = None, **options) -> list[int]:
+        """The number of `<world>` placeholders in each prompt."""
         input_ids = self.processor(text=text, images=images, **options)["input_ids"]
         return [row.count(self.processor.image_token_id) for row in input_ids]
 
@@ -65,7 +65,7 @@ class Given:
         return str(self.folder / name)
 
     def logits(self, **changes: Any) -> torch.Tensor:
-        """The last logits of two prompts with a picture each, but for the changes."""
+        """The last logits of two prompts with a picture each, with these inputs changed."""
         return call(self.model, **{**self.good, "logits_to_keep": 1, **changes}).logits
 
     def logits_of_videos(self, **changes: Any) -> torch.Tensor:
@@ -96,7 +96,7 @@ class Row(NamedTuple):
     expected: str | Callable[[Given], Any]
 
     def check(self, given: Given) -> None:
-        """Does it, and raises an AssertionError if what came is not what is expected."""
+        """Calls `do`, and raises an AssertionError if the result is not the expected one."""
         if isinstance(self.expected, str):
             try:
                 result = self.do(given)
@@ -104,7 +104,7 @@ class Row(NamedTuple):
                 assert re.search(self.expected, str(error)), error
                 assert "object at 0x" not in str(error), error
             else:
-                raise AssertionError(f"It was not refused, and gave {result}.")
+                raise AssertionError(f"The input was not rejected; the result is {result}.")
         else:
             result, expected = self.do(given), self.expected(given)
             assert torch.equal(result, expected) if isinstance(result, torch.Tensor) else result == expected
@@ -122,7 +122,7 @@ def film() -> bytes:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG file as far as its size, with no pixel in it."""
+    """The start of a PNG file, with its size and without pixels."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         checked = kind + content
@@ -133,7 +133,7 @@ def png_header(width: int, height: int) -> bytes:
 
 
 def gif_header(width: int, height: int) -> bytes:
-    """A GIF file as far as the place and size of its first frame, with no pixel in it."""
+    """The start of a GIF file, up to the position and size of its first frame, without pixels."""
     screen = struct.pack("<HHBBB", width, height, 0x80, 0, 0) + bytes(6)
     return b"GIF89a" + screen + b"," + struct.pack("<HHHHB", 0, 0, width, height, 0) + b"\x02\x02\x4c\x01\x00;"
 
@@ -173,7 +173,7 @@ NO_IMAGE = "is no image that can be read.*Expected a PIL image, a uint8 array"
 NO_VIDEO = "cannot be read as a video: .*(Expected a list of PIL images|It is damaged)"
 PICTURE = "A video is a list of PIL images .*, got {}. A single picture is an image: give it as `images`"
 DAMAGED = "The image cannot be decoded: .*. The file is damaged or cut off; get it again."
-SIDES = "Image sides must be positive multiples of 8 pixels, got {}. Pass such a `size="
+SIDES = "Image sides must be positive multiples of 8 pixels, got {}. Pass multiples as `size="
 TOO_LARGE = r"An image must have 1 to 89,478,485 pixels, got {}. Make it smaller"
 AS_ARRAY = r"An image as an array must be uint8 in 0..255, got {}. From 0..1 it is `\(image \* 255\).round\(\)`"
 CHANNELS = r"must be \[H, W\], or have 1, 3 or 4 channels first or last; \[{}\] {}. Say which by `input_data_format`"
@@ -320,37 +320,37 @@ IMAGES = [
 PROMPTS = [
     Row(
         "an image too many",
-        lambda g: g.places("<world>", [SCENE, RED]),
-        r"The prompts have 1 `<world>`, but 2 image\(s\) came. Write one",
+        lambda g: g.count_placeholders("<world>", [SCENE, RED]),
+        r"The prompts have 1 `<world>`, but 2 image\(s\) are given. Write one",
     ),
     Row(
         "an image too few",
-        lambda g: g.places("<world><world>", [SCENE]),
-        r"The prompts have 2 `<world>`, but 1 image\(s\) came. Write one",
+        lambda g: g.count_placeholders("<world><world>", [SCENE]),
+        r"The prompts have 2 `<world>`, but 1 image\(s\) are given. Write one",
     ),
     Row(
-        "a place and no image",
-        lambda g: g.places("<world>"),
-        r"The prompts have 1 `<world>`, but 0 image\(s\) came. Write one",
+        "a placeholder and no image",
+        lambda g: g.count_placeholders("<world>"),
+        r"The prompts have 1 `<world>`, but 0 image\(s\) are given. Write one",
     ),
     Row(
         "an image in another prompt",
-        lambda g: g.places(["<world>", "a"], [[], [SCENE]]),
+        lambda g: g.count_placeholders(["<world>", "a"], [[], [SCENE]]),
         r"the prompts have \[1, 0\], the images are \[0, 1\]",
     ),
     Row(
         "images of two prompts for three",
-        lambda g: g.places(["<world>", "<world>", "a"], [[SCENE], [RED]]),
+        lambda g: g.count_placeholders(["<world>", "<world>", "a"], [[SCENE], [RED]]),
         r"the prompts have \[1, 1, 0\], the images are \[1, 1\]",
     ),
     Row(
         "images grouped and not",
-        lambda g: g.places(["<world>"] * 2, [SCENE, [RED]]),
+        lambda g: g.count_placeholders(["<world>"] * 2, [SCENE, [RED]]),
         "a list of images for each prompt, got a mixture",
     ),
     Row(
         "`<world>` typed behind the developer's",
-        lambda g: g.places("<world>" + "what is <world>?", SCENE),
+        lambda g: g.count_placeholders("<world>" + "what is <world>?", SCENE),
         r"have 2 `<world>`, but 1 image",
     ),
     Row("`<world>` in a chat's text", lambda g: g.chat(text("what is <world>?")), TYPED.format("<world>")),
@@ -386,62 +386,70 @@ PROMPTS = [
         lambda g: g.chat([{"type": "smell"}]),
         "content of type 'text', 'image' and 'video', got 'smell'",
     ),
-    Row("no prompt", lambda g: g.places([]), "`text` is an empty list. Give a prompt or more"),
-    Row("a prompt of no characters", lambda g: g.places(""), lambda g: [0]),
+    Row("no prompt", lambda g: g.count_placeholders([]), "`text` is an empty list. Give at least one prompt"),
+    Row("a prompt of no characters", lambda g: g.count_placeholders(""), lambda g: [0]),
     Row(
-        "a prompt that is a number", lambda g: g.places(7), "`text` must be a string or a list of strings, got int: 7"
+        "a prompt that is a number",
+        lambda g: g.count_placeholders(7),
+        "`text` must be a string or a list of strings, got int: 7",
     ),
     Row(
         "a prompt of ids",
-        lambda g: g.places([2, 7]),
+        lambda g: g.count_placeholders([2, 7]),
         r"`text` must be a string or a list of strings, got list: \[2, 7\]",
     ),
     Row(
         "cut through the world tokens",
-        lambda g: g.places("<world>", SCENE, truncation=True, max_length=20),
+        lambda g: g.count_placeholders("<world>", SCENE, truncation=True, max_length=20),
         "Please disable truncation or increase `max_length`",
     ),
     Row(
         "a size that would be cropped",
-        lambda g: g.places("<world>", SCENE, size={"height": 60, "width": 64}),
+        lambda g: g.count_placeholders("<world>", SCENE, size={"height": 60, "width": 64}),
         SIDES.format("60x64"),
     ),
     Row(
         "a size under 8 pixels",
-        lambda g: g.places("<world>", SCENE, size={"height": 4, "width": 8}),
+        lambda g: g.count_placeholders("<world>", SCENE, size={"height": 4, "width": 8}),
         SIDES.format("4x8"),
     ),
-    Row("an image kept at 48x40", lambda g: g.places("<world>", SCENE, do_resize=False), lambda g: [30]),
-    Row("an image kept at 30x20", lambda g: g.places("<world>", RED, do_resize=False), SIDES.format("30x20")),
+    Row("an image kept at 48x40", lambda g: g.count_placeholders("<world>", SCENE, do_resize=False), lambda g: [30]),
+    Row(
+        "an image kept at 30x20",
+        lambda g: g.count_placeholders("<world>", RED, do_resize=False),
+        SIDES.format("30x20"),
+    ),
     Row(
         "latents and images",
-        lambda g: g.places("<world>", SCENE, world_latents=torch.zeros(1, 16, 8, 8)),
+        lambda g: g.count_placeholders("<world>", SCENE, world_latents=torch.zeros(1, 16, 8, 8)),
         "Give the images once",
     ),
     Row(
         "latents without their channels",
-        lambda g: g.places("<world>", world_latents=torch.zeros(1, 8, 8)),
-        r"`world_latents` must be tensors \[z, h, w\], one for each image, all of one size, got \[8, 8\]",
+        lambda g: g.count_placeholders("<world>", world_latents=torch.zeros(1, 8, 8)),
+        r"`world_latents` must be tensors \[z, h, w\], one for each image, all of the same size, got \[8, 8\]",
     ),
     Row(
         "latents of two sizes",
-        lambda g: g.places("<world><world>", world_latents=[torch.zeros(16, 8, 8), torch.zeros(16, 8, 4)]),
-        r"all of one size, got \[16, 8, 4\], \[16, 8, 8\]",
+        lambda g: g.count_placeholders("<world><world>", world_latents=[torch.zeros(16, 8, 8), torch.zeros(16, 8, 4)]),
+        r"all of the same size, got \[16, 8, 4\], \[16, 8, 8\]",
     ),
     Row(
         "latents that are lists",
-        lambda g: g.places("<world>", world_latents=[[0.0]]),
+        lambda g: g.count_placeholders("<world>", world_latents=[[0.0]]),
         "`world_latents` must be tensors .* got float",
     ),
     Row(
         "latents in another prompt",
-        lambda g: g.places(["<world>", "a"], world_latents=[torch.zeros(0, 16, 8, 8), torch.zeros(1, 16, 8, 8)]),
+        lambda g: g.count_placeholders(
+            ["<world>", "a"], world_latents=[torch.zeros(0, 16, 8, 8), torch.zeros(1, 16, 8, 8)]
+        ),
         r"the prompts have \[1, 0\], the images are \[0, 1\]",
     ),
     Row(
         "latents too few",
-        lambda g: g.places("<world><world>", world_latents=torch.zeros(1, 16, 8, 8)),
-        r"have 2 `<world>`, but 1 image\(s\) came",
+        lambda g: g.count_placeholders("<world><world>", world_latents=torch.zeros(1, 16, 8, 8)),
+        r"have 2 `<world>`, but 1 image\(s\) are given",
     ),
 ]
 
@@ -459,7 +467,7 @@ TENSORS = [
     Row(
         "floats in 0..255",
         lambda g: g.logits(pixel_values=g.good["pixel_values"] * 127.5 + 127.5),
-        r"0..255 maps there by `image / 127.5 - 1`",
+        r"from 0..255: `image / 127.5 - 1`",
     ),
     Row(
         "bytes",
@@ -495,27 +503,27 @@ TENSORS = [
     Row(
         "all images missing",
         lambda g: g.logits(pixel_values=None),
-        "The prompt has `<world>` places but no image came",
+        "The prompt has `<world>` placeholders but no image is given",
     ),
     Row(
         "all images missing from an answer",
         lambda g: g.answer(pixel_values=None),
-        "The prompt has `<world>` places but no image came",
+        "The prompt has `<world>` placeholders but no image is given",
     ),
     Row(
-        "a place that moved to another prompt",
+        "a placeholder that moved to another prompt",
         lambda g: g.logits(input_ids=moved(g.good["input_ids"])),
-        r"64 `<world>` places must be in one prompt, but the prompts have \[63, 65\]",
+        r"64 `<world>` placeholders must be in one prompt and contiguous, but the prompts have \[63, 65\]",
     ),
     Row(
-        "a place that moved, for an answer",
+        "a placeholder that moved, in generate",
         lambda g: g.answer(input_ids=moved(g.good["input_ids"])),
-        r"64 `<world>` places must be in one prompt, but the prompts have \[63, 65\]",
+        r"64 `<world>` placeholders must be in one prompt and contiguous, but the prompts have \[63, 65\]",
     ),
     Row(
-        "a place that moved within its prompt",
+        "a placeholder that moved within its prompt",
         lambda g: g.logits(input_ids=changed(changed(g.good["input_ids"], (0, 40), 30), (0, 1), 7)),
-        "side by side",
+        "64 `<world>` placeholders must be in one prompt and contiguous",
     ),
     Row(
         "a token outside the vocabulary",
@@ -545,7 +553,7 @@ TENSORS = [
     Row(
         "no token",
         lambda g: g.logits(input_ids=torch.zeros(2, 0, dtype=torch.long)),
-        r"`input_ids` must be \[batch, S\] with one token or more",
+        r"`input_ids` must be \[batch, S\] with at least one token",
     ),
     Row(
         "tokens and embeddings",
@@ -565,7 +573,7 @@ TENSORS = [
     Row(
         "prompts padded on the right, for an answer",
         lambda g: g.answer(attention_mask=changed(torch.ones(2, 69, dtype=torch.long), (0, -1), 0)),
-        "prompts must be padded on the left, but some end in padding",
+        "`generate` needs left padding, but some prompts end in padding",
     ),
     Row(
         "no room for an answer",
@@ -581,7 +589,7 @@ TENSORS = [
     Row(
         "labels of another length",
         lambda g: g.logits(labels=g.good["input_ids"]),
-        r"`labels` must be \[2, 1\].*got \[2, 69\]. Leave `logits_to_keep` out",
+        r"`labels` must be \[2, 1\].*got \[2, 69\]. Do not pass `logits_to_keep` in training",
     ),
     Row("latents and pixels", lambda g: g.logits(world_latents=torch.zeros(2, 16, 8, 8)), "Give the images once"),
     Row(
@@ -641,14 +649,14 @@ VIDEOS = [
     Row("a video of floats in 0..1", lambda g: g.frames(np.zeros((5, 48, 40, 3))), AS_ARRAY.format("float64")),
     Row("videos of two lengths", lambda g: g.frames(CLIP, CLIP * 2), "must have as many frames, and the same size"),
     Row(
-        "a video and no place",
+        "a video and no placeholder",
         lambda g: g.processor(text="a", videos=CLIP),
-        r"have 0 `<world_video>`, but 1 video\(s\) came. Write one `<world_video>`",
+        r"have 0 `<world_video>`, but 1 video\(s\) are given. Write one `<world_video>`",
     ),
     Row(
-        "a place and no video in the list",
+        "a placeholder and no video in the list",
         lambda g: g.processor(text="<world_video>", videos=[]),
-        r"have 1 `<world_video>`, but 0 video\(s\) came",
+        r"have 1 `<world_video>`, but 0 video\(s\) are given",
     ),
     Row("`<world_video>` in a chat's text", lambda g: g.chat(text("<world_video>")), TYPED.format("<world_video>")),
     Row("a film of 0 bytes", lambda g: g.frames(g.file("a.gif", b"")), NO_VIDEO),
@@ -727,7 +735,7 @@ VIDEOS = [
     Row(
         "4 frames to the model",
         lambda g: g.logits_of_videos(pixel_values_videos=g.good_videos["pixel_values_videos"][:, :4]),
-        r"Videos must have 1 \+ 4k frames, got 4. Leave some out, or repeat the last",
+        r"Videos must have 1 \+ 4k frames, got 4. Remove frames, or repeat the last one",
     ),
     Row(
         "frames that are images, to the model",
@@ -754,12 +762,12 @@ VIDEOS = [
     Row(
         "all videos missing",
         lambda g: g.logits_of_videos(pixel_values_videos=None),
-        "The prompt has `<world_video>` places but no video came with it. Give `pixel_values_videos`",
+        "The prompt has `<world_video>` placeholders but no video is given. Pass `pixel_values_videos`",
     ),
     Row(
-        "a video's place that moved to another prompt",
+        "a video's placeholder that moved to another prompt",
         lambda g: g.logits_of_videos(input_ids=moved(g.good_videos["input_ids"], g.processor.video_token_id)),
-        r"Each video's 128 `<world_video>` places must be in one prompt, but the prompts have \[127, 129\]",
+        r"Each video's 128 `<world_video>` placeholders must be in one prompt, but the prompts have \[127, 129\]",
     ),
     Row(
         "a video's latents of NaN",
@@ -779,7 +787,7 @@ VISION = [
     Row(
         "vision of another size",
         lambda g: g.with_vision.logits(vision_pixel_values=torch.zeros(2, 3, 64, 64)),
-        r"`vision_pixel_values` must be \[C, 3, 32, 32\] .* got \[2, 3, 64, 64\]. TheWorldProcessor makes them",
+        r"`vision_pixel_values` must be \[C, 3, 32, 32\] .* got \[2, 3, 64, 64\]. TheWorldProcessor returns them so",
     ),
     Row(
         "vision in bytes",
@@ -794,12 +802,12 @@ VISION = [
     Row(
         "a NaN in vision",
         lambda g: g.with_vision.logits(vision_pixel_values=torch.full((2, 3, 32, 32), torch.nan)),
-        "`vision_pixel_values` must be finite.*TheWorldProcessor makes them",
+        "`vision_pixel_values` must be finite.*TheWorldProcessor returns them so",
     ),
     Row(
         "all vision missing",
         lambda g: g.with_vision.logits(vision_pixel_values=None),
-        "The prompt has `<image_soft_token>` places but no image came with it. Give `vision_pixel_values`",
+        "The prompt has `<image_soft_token>` placeholders but no image is given. Pass `vision_pixel_values`",
     ),
     Row(
         "`<image_soft_token>` in a chat's text",
@@ -820,7 +828,7 @@ VISION = [
 
 
 def moved(input_ids: torch.Tensor, place: int = 7) -> torch.Tensor:
-    """One of the first prompt's places and a letter of the second's, exchanged: their sum is as it was."""
+    """Swaps a placeholder of the first prompt and a letter of the second: the total stays the same."""
     return changed(changed(input_ids, (0, 40), 30), (1, 1), place)
 
 
@@ -854,9 +862,9 @@ def damaged_files(each: int) -> Iterator[tuple[str, bytes]]:
 
 def read_file(given: Given, form: str, content: bytes) -> bool:
     """
-    Whether a file can be read: as an image, and as a video if it has frames; by its name, and as Pillow opens it.
+    Whether a file can be read: as an image, and as a video if it has frames; by path, and opened by Pillow.
 
-    Raises an AssertionError if what cannot is not refused in words.
+    Raises an AssertionError if an unreadable file is not rejected with a clear message.
     """
     path, readable = given.file(f"file.{form.split()[0].lower()}", content), True
     sources = [lambda: path, lambda: Image.open(path)]

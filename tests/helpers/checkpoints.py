@@ -105,7 +105,7 @@ def make_gemma(folder: Path, config: PreTrainedConfig, num_unused: int = 10, **s
 
 
 def make_multimodal_gemma(folder: Path) -> Path:
-    """A Gemma 3 with a tower, whose 64 tokens an image are more than a sliding window holds; and its processor."""
+    """A Gemma 3 with a vision tower and its processor; an image's 64 tokens exceed the sliding window."""
     tokenizer = make_tokenizer(extra_special_tokens=VISION_TOKENS)
     ids = {f"{name}_index": tokenizer.convert_tokens_to_ids(token) for name, token in VISION_TOKENS.items()}
     config = Gemma3Config(
@@ -117,7 +117,7 @@ def make_multimodal_gemma(folder: Path) -> Path:
     torch.manual_seed(2)
     model = AutoModelForImageTextToText.from_config(config)
     projector = model.model.multi_modal_projector
-    torch.nn.init.normal_(projector.mm_input_projection_weight)  # as it is made, it is all zeros
+    torch.nn.init.normal_(projector.mm_input_projection_weight)  # initialized to zeros otherwise
     torch.nn.init.normal_(projector.mm_soft_emb_norm.weight)
     model.generation_config = GenerationConfig(bos_token_id=2, pad_token_id=0, eos_token_id=1)
     model.save_pretrained(folder)
@@ -127,7 +127,7 @@ def make_multimodal_gemma(folder: Path) -> Path:
 
 
 def make_pipeline(folder: Path) -> Path:
-    """A pipeline repo: the VAE in `vae/`, and beside it what must never be read."""
+    """A pipeline repo: the VAE in `vae/`, and other folders that must never be read."""
     make_vae(folder / "vae")
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "Cosmos2VideoToWorldPipeline"}))
     (folder / "transformer").mkdir()

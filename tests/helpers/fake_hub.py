@@ -1,4 +1,4 @@
-"""A Hub on the loopback, for huggingface_hub's real client: model repos with commits, in memory."""
+"""A local mock Hub for huggingface_hub's real client: model repos and Spaces with commits, in memory."""
 
 import base64
 import hashlib
@@ -44,11 +44,11 @@ class Hub:
     The server, as a context manager.
 
     Attributes:
-        address: What `HF_ENDPOINT` is to be.
+        address: The value for `HF_ENDPOINT`.
         repos: By name.
         downloads: For each GET of a file's content, its path and its `Range` header, if any.
-        before_content: Called with a path, before its content is sent; returns after how many bytes the connection
-            breaks, or None.
+        before_content: Called with a path before its content is sent; returns the number of bytes after which the
+            connection breaks, or None.
     """
 
     def __init__(self):
@@ -67,7 +67,7 @@ class Hub:
         self.lfs_address = f"http://localhost:{self.server.server_port}/lfs"
 
     def commit(self, name: str, tree: dict[str, bytes]) -> str:
-        """Makes `tree` what is on the main branch; returns the commit."""
+        """Commits `tree` to the main branch; returns the commit."""
         large = (content for path, content in tree.items() if path.endswith(LFS_SUFFIXES))
         self.lfs.update({hashlib.sha256(content).hexdigest(): content for content in large})
         return self.repos[name].commit(tree)
@@ -82,7 +82,7 @@ class Hub:
 
 
 class HubHandler(BaseHTTPRequestHandler):
-    """The part of the Hub's API that uploading, downloading and loading ask for."""
+    """The part of the Hub's API that uploads, downloads and loading use."""
 
     protocol_version = "HTTP/1.1"
     server_hub: Hub
@@ -91,8 +91,8 @@ class HubHandler(BaseHTTPRequestHandler):
         ("GET", r"/api/whoami-v2", "whoami"),
         ("POST", r"/api/repos/create", "create_repo"),
         ("POST", r"/api/validate-yaml", "validate_yaml"),
-        ("POST", r"/api/models/(.+/.+)/preupload/([^/]+)", "preupload"),
-        ("POST", r"/api/models/(.+/.+)/commit/([^/]+)", "commit"),
+        ("POST", r"/api/(?:models|spaces)/(.+/.+)/preupload/([^/]+)", "preupload"),
+        ("POST", r"/api/(?:models|spaces)/(.+/.+)/commit/([^/]+)", "commit"),
         ("GET", r"/api/models/(.+/.+)/tree/([^/]+)(?:/(.*))?", "tree"),
         ("GET", r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", "model_info"),
         ("POST", r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", "lfs_batch"),

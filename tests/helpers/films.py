@@ -1,4 +1,4 @@
-"""Small files of videos, written by PyAV, as phones, browsers and screen recorders write them."""
+"""Small video files like those of phones, browsers and screen recorders, written by PyAV."""
 
 from collections.abc import Iterable
 from fractions import Fraction
@@ -31,7 +31,7 @@ def write_film(
         form: FFmpeg's name of the container.
         codec: FFmpeg's name of the encoder; `pixels` that of its pixel format.
         options: The container's.
-        turned: How a player is to turn it, as PyAV's `set_display_rotation` takes it.
+        turned: The rotation for players, as PyAV's `set_display_rotation` takes it.
         colors: FFmpeg's number of the standard by which it makes YUV of RGB, and says so: 1 BT.709, 5 BT.601.
     """
     file = BytesIO()

@@ -1,4 +1,4 @@
-"""Saved folders as users have them: loaded in a process of its own, from an empty cache, without the package."""
+"""Loads saved folders as users do: in a new process, with an empty cache, without the package."""
 
 import os
 import subprocess
@@ -30,7 +30,7 @@ torch.save(logits, f"{folder}/logits.pt")
 
 
 def run_fresh(*arguments, cache: Path) -> str:
-    """What Python prints for these arguments, in a process of its own with this cache."""
+    """What Python prints for these arguments, in a new process with this cache."""
     environment = {**os.environ, "HF_HOME": str(cache), "HF_MODULES_CACHE": str(cache / "modules")}
     command = [sys.executable, "-W", "ignore", *map(str, arguments)]
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

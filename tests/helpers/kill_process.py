@@ -1,14 +1,15 @@
 """
-Kills a command at chosen and at random moments, again and again, and looks at what it left.
+Kills a command repeatedly, at chosen and at random moments, and checks the files that it left.
 
-Processes are forked, so that what takes long, importing, is done once. A moment is the start of an operation on files,
-of those that Python reports to audit hooks, or a time.
+Processes are forked, so that the slow imports run once. A moment is a time, or the start of a file operation that
+Python reports to audit hooks.
 """
 
 import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -17,10 +18,11 @@ from pathlib import Path
 
 import torch
 
+from tests.helpers import ROOT
 from theworld.checkpoints.atomic import CHECKSUMS, verify_checksums
 
 
-# Operations that change which folder is where: each is a moment. Of the others there are too many.
+# Operations that move folders: each is a moment. There are too many of the others.
 TURNING = ("os.rename", "ctypes.dlsym")
 WATCHED = (*TURNING, "open", "os.mkdir", "os.remove", "os.rmdir", "shutil.copyfile", "shutil.rmtree")
 
@@ -29,15 +31,15 @@ def run_forked(
     run: Callable[[], object], operation: tuple[str | None, int] | None = None, seconds: float | None = None
 ) -> tuple[bool, Counter]:
     """
-    Runs, and kills.
+    Runs a function in a forked process, and kills the process.
 
     Args:
-        run: What is done; an exit code that is not 0 is an error.
-        operation: At which operation to kill: the name, or None for any, and a number, which counts from 1.
-        seconds: After which time to kill, instead.
+        run: The function; an exit code other than 0 is an error.
+        operation: The operation at which to kill: its name, or None for any, and its number, counted from 1.
+        seconds: The time after which to kill, instead.
 
     Returns:
-        Whether it ended before it was killed, and how many operations of each name it began.
+        Whether the process ended before it was killed, and the number of operations of each name that it began.
     """
     reading, writing = os.pipe()
     child = os.fork()
@@ -67,12 +69,12 @@ def run_forked(
     with os.fdopen(reading, "rb") as pipe:
         counted = pipe.read()
     if os.WIFEXITED(status) and os.WEXITSTATUS(status) != 0:
-        raise RuntimeError(f"It failed by itself, with exit code {os.WEXITSTATUS(status)}.")
+        raise RuntimeError(f"The process failed before it was killed, with exit code {os.WEXITSTATUS(status)}.")
     return os.WIFEXITED(status), Counter(dict(json.loads(counted or "[]")))
 
 
 def moments(run: Callable[[], object], number: int) -> list[dict]:
-    """`number` moments of a run: up to half of them of `TURNING`, the others and times by chance."""
+    """`number` moments of a run: up to half are operations in `TURNING`, the others random operations and times."""
     started = time.monotonic()
     _, counts = run_forked(run)
     seconds = time.monotonic() - started
@@ -88,7 +90,7 @@ def moments(run: Callable[[], object], number: int) -> list[dict]:
 
 
 def state(output: Path) -> str | None:
-    """What a folder holds, in a word, after all of its files were compared with their sums; None if there is none."""
+    """The checksums of a folder, after they were compared with its files; None if there is no folder."""
     if not output.exists():
         return None
     verify_checksums(output)
@@ -96,12 +98,12 @@ def state(output: Path) -> str | None:
 
 
 def kill_conversions(vae: str, gemma: str, output: Path, number: int) -> dict[str, int]:
-    """Converts in turns to two dtypes; each time there must be one of the two, complete."""
+    """Converts alternately to two dtypes; after each kill the folder must be a complete conversion to one of them."""
     from theworld import convert_weights
 
     def convert(dtype: str) -> int:
-        arguments = ["--vae", vae, "--gemma", gemma, "--output", str(output), "--image-size", "64", "--dtype", dtype]
-        return convert_weights.main([*arguments, "--overwrite"])
+        arguments = ["--vae", vae, "--gemma", gemma, "--output-dir", str(output), "--overwrite"]
+        return convert_weights.main([*arguments, "--image-size", "64", "--dtype", dtype])
 
     both = set()
     for dtype in ("bfloat16", "float32"):
@@ -119,14 +121,14 @@ def kill_conversions(vae: str, gemma: str, output: Path, number: int) -> dict[st
 
 
 def kill_trainings(model: str, dataset: str, output: Path, number: int) -> dict[str, int]:
-    """Trains and saves at each step; the two checkpoints and the model of the first run must stay, or new ones be."""
+    """Trains and saves at each step; after each kill there must be two complete checkpoints and a complete model."""
     from tests.helpers.training_runs import options_of
     from theworld.training import train
 
     options = {"model": model, "dataset": dataset, "output_dir": output, "save_strategy": "steps", "save_steps": 1}
 
     def run() -> None:
-        train.main(options_of(**options, max_steps=2, train="projection", overwrite=True))
+        train.train_and_save(train.prepare(options_of(**options, max_steps=2, train="projection", overwrite=True)))
 
     killed = survived = 0
     for moment in moments(run, number):
@@ -139,8 +141,22 @@ def kill_trainings(model: str, dataset: str, output: Path, number: int) -> dict[
     return {"killed": killed, "survived": survived, "left beside": left}
 
 
-if __name__ == "__main__":
+def kill(kind: str, first: Path, second: Path, output: Path, number: int) -> dict[str, int]:
+    """Kills `number` conversions or trainings in a new process, which has one thread when it forks."""
+    command = [sys.executable, "-W", "ignore", "-m", __name__, kind, first, second, output, number]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(
+        [*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800
+    )
+    assert finished.returncode == 0, finished.stderr
+    return json.loads(finished.stdout)
+
+
+def main(kind: str, first: str, second: str, output: str, number: str) -> None:
     torch.set_num_threads(1)
-    kind, first, second, output, number = sys.argv[1:]
-    kill = {"conversions": kill_conversions, "trainings": kill_trainings}[kind]
-    print(json.dumps(kill(first, second, Path(output), int(number))))
+    run = {"conversions": kill_conversions, "trainings": kill_trainings}[kind]
+    print(json.dumps(run(first, second, Path(output), int(number))))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,8 +1,8 @@
 """
-Many requests at once to a server, some of them broken off: what came back, and how much memory it cost.
+Sends many requests at once to a server, cancels some, and checks the answers and the memory in use.
 
-    python tests/load.py web 1000
-    python tests/load.py vllm 1000
+    python -m tests.helpers.load_test web 1000
+    python -m tests.helpers.load_test vllm 1000
 
 each in the environment of its server (`make reliability` starts both).
 """
@@ -22,16 +22,17 @@ from typing import Any, NamedTuple
 from PIL import Image
 from tqdm import tqdm
 
+from tests.helpers import ROOT
+from tests.helpers.servers import MAX_TOKENS, content_of, serve_vllm, serve_web
 from theworld.evaluation.scenes import SPLITS, draw_scene
 
 
-ROOT = Path(__file__).parents[2]
 AT_ONCE = 16
 SCENES = 12
 BROKEN_OFF = "broken off"
 REFUSED = "refused"
 
-# Texts of one message that make a placeholder where they stand side by side.
+# Texts of one message that make a placeholder when joined.
 SPLIT_TEXTS = (
     ["<wor", "ld>"],
     ["<wor ", " ld>"],
@@ -61,10 +62,9 @@ SPOILING_OPTIONS = (
 
 class Request(NamedTuple):
     """
-    A question to a server, and what must come back.
+    A question to a server, and the expected result.
 
-    `send` takes the seconds after which it breaks off, None for never, and returns the answer, `REFUSED` or
-    `BROKEN_OFF`.
+    `send` takes the seconds after which to cancel, or None, and returns the answer, `REFUSED` or `BROKEN_OFF`.
     """
 
     send: Callable[[float | None], Any]
@@ -80,23 +80,23 @@ def resident(process: int) -> int:
 
 def load(requests: list[Request], number: int, process: int) -> dict[str, Any]:
     """
-    Sends `number` requests from `AT_ONCE` threads, a fifth of which break off within a second.
+    Sends `number` requests from `AT_ONCE` threads, and cancels 20 % of them within a second.
 
     Args:
-        requests: What is sent, by chance; each at least once.
-        number: How many.
-        process: The server's.
+        requests: The requests to choose from at random; each is sent at least once.
+        number: Number of requests.
+        process: Process id of the server.
 
     Returns:
-        `tried`; `held`: those with the expected answer, and those broken off; what went wrong; `growth`: the memory in
-        use at the end, over that after the first tenth.
+        `tried`; `held`: requests with the expected answer, or cancelled; the first errors; `growth`: the memory in
+        use at the end, divided by that after the first tenth.
     """
     chance = random.Random(0)
     chosen = [requests[turn] if turn < len(requests) else chance.choice(requests) for turn in range(number)]
     patience = [chance.uniform(0, 1) if chance.random() < 0.2 else None for _ in chosen]
 
     def send(turn: int) -> str | None:
-        """What went wrong with a request; None if nothing did."""
+        """The error of a request, or None."""
         request = chosen[turn]
         try:
             answer = request.send(patience[turn])
@@ -120,7 +120,7 @@ def load(requests: list[Request], number: int, process: int) -> dict[str, Any]:
 
 
 def settled(process: int) -> int:
-    """The memory of a server that has had a few seconds to end what was broken off."""
+    """The memory of a server, after a few seconds in which it ends cancelled requests."""
     time.sleep(3)
     return resident(process)
 
@@ -132,11 +132,11 @@ def pictures_and_questions() -> list[tuple[Image.Image, str]]:
 
 def web(address: str, process: int, number: int, folder: Path) -> dict[str, Any]:
     """
-    Loads app.py: conversations of one turn and of two, with and without comparing, and what it refuses: placeholders,
-    files that are no pictures, paths of files that were not uploaded, and questions that are too long, after which the
-    conversation goes on as if they had not been asked.
+    Loads the web page: conversations of one and two turns, with and without comparing; and rejected inputs:
+    placeholders, files that are not pictures, paths of files that were not uploaded, and questions that are too long.
+    A rejected question must leave the conversation unchanged.
 
-    Pictures that go and come are written to `folder`.
+    Uploaded and downloaded pictures are written to `folder`.
     """
     import httpx
     from gradio_client import Client, handle_file
@@ -147,7 +147,7 @@ def web(address: str, process: int, number: int, folder: Path) -> dict[str, Any]
     def conversation(
         picture: str, questions: list[str], compare: bool = False, refusal: str | None = None
     ) -> Callable:
-        """Asks them all, of which those with the text `refusal` may be refused; what came of the last is returned."""
+        """Asks all questions; an error that contains `refusal` is allowed. Returns the result of the last one."""
 
         def send(seconds: float | None) -> Any:
             if not hasattr(own, "client"):
@@ -213,11 +213,10 @@ def web(address: str, process: int, number: int, folder: Path) -> dict[str, Any]
 
 def vllm(address: str, process: int, number: int) -> dict[str, Any]:
     """
-    Loads vLLM's server: no picture, one and two; a picture that is none, placeholders typed in halves or by the
-    template's arguments, and options that spoil a picture.
+    Loads vLLM's server: no picture, one and two; and rejected inputs: a file that is not a picture, placeholders split
+    over texts or in the template's arguments, and options that spoil a picture.
     """
     import openai
-    from test_vllm import MAX_TOKENS, content_of
 
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
 
@@ -260,14 +259,10 @@ def main(server: str, number: int) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if server == "web":
-            from test_web import serve
-
-            with serve(folder) as (address, process):
+            with serve_web(folder) as (address, process):
                 report = {**web(address, process, number, folder), "version": f"gradio {version('gradio')}"}
         else:
-            from test_vllm import serve
-
-            with serve(ROOT, folder, "--dtype", "float32", "--trust-request-mm-kwargs") as (address, process):
+            with serve_vllm(ROOT, folder, "--dtype", "float32", "--trust-request-mm-kwargs") as (address, process):
                 report = {**vllm(address, process, number), "version": f"vLLM {version('vllm')}"}
     print(json.dumps(report))
 

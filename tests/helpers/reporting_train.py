@@ -1,15 +1,16 @@
-"""train.py, which afterwards writes `report-RANK.json`: its losses, and what share of each parameter it holds."""
+"""`theworld train`, which also writes `report-RANK.json`: its losses, and its share of each parameter."""
 
 import json
 import os
+import sys
 from pathlib import Path
 
 from torch.distributed.tensor import DTensor
 
-from theworld.training.train import main
+from theworld.training.train import prepare, train_and_save
 
 
-trainer = main()
+trainer = train_and_save(prepare(sys.argv[1:]))
 held = {
     name: parameter.to_local().numel() / parameter.numel()
     for name, parameter in trainer.model.named_parameters()

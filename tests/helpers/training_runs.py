@@ -1,4 +1,4 @@
-"""What the tests of training share: a small dataset, and runs of train.py."""
+"""What the tests of training share: a small dataset, and runs of `theworld train`."""
 
 import contextlib
 import io
@@ -9,10 +9,8 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from recipe.lora_new_question import scenes_with_a_smallest
-from theworld.training.train import Trainer, main
-
-
-ROOT = Path(__file__).parents[2]
+from tests.helpers import ROOT
+from theworld.training.train import Trainer, prepare, train_and_save
 
 
 def write_conversations(folder: Path, number: int = 16) -> Path:
@@ -32,7 +30,7 @@ def write_conversations(folder: Path, number: int = 16) -> Path:
 
 
 def options_of(**options) -> list[str]:
-    """Command-line options of train.py; short runs on the bundled model in float32, unless they say otherwise."""
+    """Command-line options of `theworld train`: short runs on the bundled model in float32, by default."""
     defaults = {
         "model": ROOT,
         "max_steps": 3,
@@ -47,9 +45,9 @@ def options_of(**options) -> list[str]:
 
 
 def run_train(callbacks: Sequence[TrainerCallback] = (), **options) -> Trainer:
-    """train.py's main, in this process."""
+    """`theworld train`, in this process."""
     with contextlib.redirect_stdout(io.StringIO()):
-        return main(options_of(**options), callbacks)
+        return train_and_save(prepare(options_of(**options), callbacks))
 
 
 def losses_of(history: list[dict]) -> list[float]:

@@ -1,9 +1,9 @@
 """
-What a user does, in a process of its own: Auto classes and a folder, nothing else.
+What a user does, in a new process: Auto classes and a folder, nothing else.
 
-    python tests/user_route.py answer FOLDER         generates from text, images and batches
-    python tests/user_route.py tune FOLDER OUTPUT    trains a step, saves in several forms, notes the logits
-    python tests/user_route.py check OUTPUT          loads each saved form and compares the logits bit for bit
+    python tests/helpers/user_route.py answer FOLDER         generates from text, images and batches
+    python tests/helpers/user_route.py tune FOLDER OUTPUT    trains a step, saves in several forms, notes the logits
+    python tests/helpers/user_route.py check OUTPUT          loads each saved form and compares the logits bit for bit
 """
 
 import sys

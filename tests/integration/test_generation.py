@@ -1,24 +1,20 @@
-"""Pins that the bundled model runs where people run models: snippets, pipelines, ways to load and to generate."""
+"""Tests that the bundled model runs where people run models: pipelines, ways to load, ways to generate."""
 
 import ast
 import re
 import sys
 from importlib.metadata import requires
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from conftest import chat
 from huggingface_hub import ModelCard
 from packaging import version
 from PIL import Image
-from test_user_route import MODEL_FILES
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    AutoProcessor,
     DynamicCache,
     TextIteratorStreamer,
     pipeline,
@@ -27,37 +23,12 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tests.helpers import ROOT
 from tests.helpers.fresh import run_fresh
+from tests.helpers.generation import as_prompt, chat, chat_inputs
+from theworld.convert_weights import MODEL_FILES
 from theworld.evaluation.scenes import SPLITS, draw_scene
 from theworld.versions_theworld import CACHE_NAME
-
-
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
-RUN_IT = README.split("\n## Run it\n")[1].split("\n## ")[0]
-TRY_IT = README.split("\n## Try it\n")[1].split("\n## ")[0]
-
-
-def snippet(word: str, section: str = RUN_IT) -> str:
-    """The one Python snippet of the README's section that has this word."""
-    blocks = re.findall(r"^```python\n(.*?)^```", section, flags=re.DOTALL | re.MULTILINE)
-    (found,) = (block for block in blocks if word in block)
-    return found
-
-
-def promised(code: str) -> str:
-    """What the comment at the end of a snippet says that it prints."""
-    return re.search(r"# (.*)\n$", code).group(1)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return AutoModel.from_pretrained(ROOT, trust_remote_code=True).eval()
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
 
 
 @pytest.fixture(scope="module")
@@ -82,23 +53,8 @@ def as_chat(image: Image.Image | None, question: str) -> list[dict]:
     return [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
 
 
-def as_prompt(question: str) -> str:
-    """What the chat template makes of an image and a question."""
-    return f"<start_of_turn>user\n<world>{question}<end_of_turn>\n<start_of_turn>model\n"
-
-
-def test_the_snippets_print_what_they_say(monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    namespace = {}
-    exec(snippet("AutoModel", TRY_IT), namespace)
-    for word in ("pipeline", "TextIteratorStreamer", "conversations"):
-        capsys.readouterr()
-        exec(snippet(word), namespace)
-        assert capsys.readouterr().out.strip() == promised(snippet(word)), word
-
-
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_a_pipeline_reads_chats_one_by_one_and_in_batches(pipe, scenes, batch_size):
+def test_a_pipeline_reads_chats_alone_and_in_batches(pipe, scenes, batch_size):
     asked = [(scene.image, scene.questions[0]) for scene in scenes]
     chats = [as_chat(image, question.text) for image, question in asked]
     answers = pipe(text=chats, return_full_text=False, batch_size=batch_size)
@@ -114,7 +70,7 @@ def test_a_pipeline_reads_images_and_text(pipe, scenes, tmp_path):
     assert from_file["generated_text"] == right[0]
 
 
-def test_a_pipeline_answers_text_alone_and_goes_on_with_its_own_chat(pipe, model, processor, scenes):
+def test_a_pipeline_answers_text_and_continues_its_chat(pipe, bundled_model, bundled_processor, scenes):
     scene = scenes[0]
     first, second = (question.text for question in scene.questions[:2])
     (answered,) = pipe(text=as_chat(None, first))
@@ -122,16 +78,18 @@ def test_a_pipeline_answers_text_alone_and_goes_on_with_its_own_chat(pipe, model
 
     (answered,) = pipe(text=as_chat(scene.image, first))
     (going_on,) = pipe(text=[*answered["generated_text"], *as_chat(None, second)], return_full_text=False)
-    inputs = chat(processor, scene.image, first, answered["generated_text"][-1]["content"], second)
-    assert going_on["generated_text"] == new_text(processor, inputs, model.generate(**inputs))[0]
+    inputs = chat(bundled_processor, scene.image, first, answered["generated_text"][-1]["content"], second)
+    assert going_on["generated_text"] == new_text(bundled_processor, inputs, bundled_model.generate(**inputs))[0]
 
 
-def test_a_streamer_gets_the_answer_in_pieces(model, processor, scenes):
+def test_a_streamer_gets_the_answer_in_pieces(bundled_model, bundled_processor, scenes):
     question = next(question for scene in scenes for question in scene.questions if question.kind == "relation")
     scene = next(scene for scene in scenes if question in scene.questions)
-    inputs = chat(processor, scene.image, question.text)
-    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60)
-    model.generate(**inputs, streamer=streamer)
+    inputs = chat(bundled_processor, scene.image, question.text)
+    streamer = TextIteratorStreamer(
+        bundled_processor.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60
+    )
+    bundled_model.generate(**inputs, streamer=streamer)
     pieces = [piece for piece in streamer if piece]
     assert len(pieces) > 1 and "".join(pieces).strip() == question.answer
 
@@ -143,40 +101,42 @@ def test_the_cards_widget_shows_a_right_answer(pipe):
         assert answered["generated_text"] == example["output"]["text"]
 
 
-def test_samples_come_from_the_image(model, processor, scenes):
+def test_samples_come_from_the_image(bundled_model, bundled_processor, scenes):
     set_seed(0)
     right = total = 0
     for scene in scenes:
-        inputs = chat(processor, scene.image, scene.questions[0].text)
-        output = model.generate(**inputs, do_sample=True, num_return_sequences=4)
-        right += new_text(processor, inputs, output).count(scene.questions[0].answer)
+        inputs = chat(bundled_processor, scene.image, scene.questions[0].text)
+        output = bundled_model.generate(**inputs, do_sample=True, num_return_sequences=4)
+        right += new_text(bundled_processor, inputs, output).count(scene.questions[0].answer)
         total += len(output)
     assert right / total > 0.9
 
 
-def test_its_own_gemma_assists_or_is_refused(model, processor, scenes):
-    """The draft is made blind, so it is often wrong; the answer is the same all the same."""
-    gemma = AutoModelForCausalLM.from_config(model.config.text_config).eval()
-    gemma.model.load_state_dict(model.model.language_model.state_dict())
+def test_gemma_assists_or_is_rejected(bundled_model, bundled_processor, scenes):
+    """The draft is made without the image and is often wrong; the answer is the same."""
+    gemma = AutoModelForCausalLM.from_config(bundled_model.config.text_config).eval()
+    gemma.model.load_state_dict(bundled_model.model.language_model.state_dict())
     for scene in scenes[:4]:
-        inputs = chat(processor, scene.image, scene.questions[0].text)
+        inputs = chat(bundled_processor, scene.image, scene.questions[0].text)
         if version.parse(transformers.__version__) >= version.parse("5.19"):
-            assert torch.equal(model.generate(**inputs, assistant_model=gemma), model.generate(**inputs))
+            assert torch.equal(
+                bundled_model.generate(**inputs, assistant_model=gemma), bundled_model.generate(**inputs)
+            )
         else:
             with pytest.raises(ValueError, match="mm_encoder_outputs"):
-                model.generate(**inputs, assistant_model=gemma)
+                bundled_model.generate(**inputs, assistant_model=gemma)
 
 
-def test_a_theworld_does_not_assist(model, processor, scenes):
-    """`generate` hands an assistant no images."""
-    inputs = chat(processor, scenes[0].image, scenes[0].questions[0].text)
-    with pytest.raises(ValueError, match="`<world>` places but no image came"):
-        model.generate(**inputs, assistant_model=model)
+def test_theworld_is_rejected_as_an_assistant(bundled_model, bundled_processor, scenes):
+    """`generate` passes no images to an assistant."""
+    inputs = chat(bundled_processor, scenes[0].image, scenes[0].questions[0].text)
+    with pytest.raises(ValueError, match="`<world>` placeholders but no image is given"):
+        bundled_model.generate(**inputs, assistant_model=bundled_model)
 
 
-def test_generate_returns_attentions_and_hidden_states(processor, scenes):
+def test_generate_returns_attentions_and_hidden_states(bundled_processor, scenes):
     model = AutoModel.from_pretrained(ROOT, trust_remote_code=True, attn_implementation={"text_config": "eager"})
-    inputs = chat(processor, scenes[0].image, scenes[0].questions[0].text)
+    inputs = chat(bundled_processor, scenes[0].image, scenes[0].questions[0].text)
     output = model.generate(
         **inputs, return_dict_in_generate=True, output_attentions=True, output_hidden_states=True, max_new_tokens=2
     )
@@ -187,11 +147,11 @@ def test_generate_returns_attentions_and_hidden_states(processor, scenes):
     assert output.hidden_states[0][-1].shape == (1, length, text.hidden_size)
 
 
-def test_in_float16_it_answers_right(processor, scenes):
+def test_float16_answers_right(bundled_processor, scenes):
     model = AutoModel.from_pretrained(ROOT, trust_remote_code=True, dtype=torch.float16)
     for scene in scenes:
-        inputs = chat(processor, scene.image, scene.questions[0].text)
-        assert new_text(processor, inputs, model.generate(**inputs)) == [scene.questions[0].answer]
+        inputs = chat(bundled_processor, scene.image, scene.questions[0].text)
+        assert new_text(bundled_processor, inputs, model.generate(**inputs)) == [scene.questions[0].answer]
 
 
 @pytest.mark.parametrize(
@@ -199,22 +159,22 @@ def test_in_float16_it_answers_right(processor, scenes):
     [("1GB", {"cpu"}), ("5MB", {"cpu", "meta"}), ("3MB", {"meta"})],
     ids=["memory", "memory and disk", "disk"],
 )
-def test_device_map_auto_puts_on_the_disk_what_memory_does_not_hold(
-    memory, devices, model, processor, scenes, tmp_path
+def test_device_map_auto_offloads_to_disk_with_equal_answers(
+    memory, devices, bundled_model, bundled_processor, scenes, tmp_path
 ):
     spread = AutoModel.from_pretrained(
         ROOT, trust_remote_code=True, device_map="auto", max_memory={"cpu": memory}, offload_folder=tmp_path
     )
     assert {parameter.device.type for parameter in spread.parameters()} == devices
     for scene in scenes[:2]:
-        inputs = chat(processor, scene.image, scene.questions[0].text)
-        assert torch.equal(spread.generate(**inputs), model.generate(**inputs))
+        inputs = chat(bundled_processor, scene.image, scene.questions[0].text)
+        assert torch.equal(spread.generate(**inputs), bundled_model.generate(**inputs))
 
 
-def test_a_conversation_encodes_each_image_once(model, processor, scenes):
-    """With a cache, a turn brings the images that are new in it, and only those."""
+def test_a_conversation_encodes_each_image_once(bundled_model, bundled_processor, scenes):
+    """With a cache, a turn passes only its new images."""
     images_encoded = []
-    handle = model.model.world_encoder.register_forward_hook(
+    handle = bundled_model.model.world_encoder.register_forward_hook(
         lambda _module, arguments, _latents: images_encoded.append(len(arguments[0]))
     )
     turns = [
@@ -223,26 +183,24 @@ def test_a_conversation_encodes_each_image_once(model, processor, scenes):
         (scenes[1].image, scenes[1].questions[0].text),
         (None, scenes[1].questions[1].text),
     ]
-    cache, messages, length = DynamicCache(config=model.config.text_config), [], 0
+    cache, messages, length = DynamicCache(config=bundled_model.config.text_config), [], 0
     for image, question in turns:
         messages += as_chat(image, question)
-        inputs = processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
+        inputs = chat_inputs(bundled_processor, messages)
         pixel_values = inputs.pop("pixel_values")
         new = {"pixel_values": pixel_values[-1:]} if image else {}
-        output = model.generate(**inputs, **new, **{CACHE_NAME: cache})
+        output = bundled_model.generate(**inputs, **new, **{CACHE_NAME: cache})
         cached = images_encoded.copy()
-        assert torch.equal(output, model.generate(**inputs, pixel_values=pixel_values))  # all read anew
+        assert torch.equal(output, bundled_model.generate(**inputs, pixel_values=pixel_values))  # all read anew
         images_encoded[:] = cached
         length = inputs["input_ids"].shape[1]
-        answer = processor.decode(output[0, length:], skip_special_tokens=True)
+        answer = bundled_processor.decode(output[0, length:], skip_special_tokens=True)
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     handle.remove()
     assert images_encoded == [1, 1]
 
 
-def test_the_remote_files_import_only_what_they_need():
+def test_remote_code_imports_required_libraries_only():
     allowed = {"torch", "transformers", "diffusers", "PIL", "huggingface_hub"} | set(sys.stdlib_module_names)
     for name, by in {
         "numpy": "transformers",
@@ -266,7 +224,7 @@ def test_the_remote_files_import_only_what_they_need():
             assert imported <= (allowed | {"av"} if node in tried else allowed), (name, imported)
 
 
-def test_loading_the_model_imports_nothing_for_pictures_training_or_the_web(tmp_path):
+def test_loading_imports_no_training_plotting_or_web_library(tmp_path):
     code = """
 import sys
 from transformers import AutoModel, AutoProcessor
@@ -278,7 +236,8 @@ print(*sorted({"gradio", "matplotlib", "trl", "datasets", "torchvision", "tqdm.n
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
-def test_an_engine_gets_the_model_without_a_head_and_users_the_one_that_generates(engine, monkeypatch):
+def test_engines_get_the_model_without_a_head(engine, monkeypatch):
+    """Users get the model that generates."""
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, engine, sdpa_attention_forward)
     config = AutoConfig.from_pretrained(ROOT, trust_remote_code=True)
     users = AutoModel.from_config(config, trust_remote_code=True)
@@ -301,7 +260,7 @@ def test_an_engine_gets_the_model_without_a_head_and_users_the_one_that_generate
         ({"text_config": {"use_bidirectional_attention": True}}, "`use_bidirectional_attention`"),
     ],
 )
-def test_an_engine_is_refused_what_it_would_mask_causally(engine, fields, named):
+def test_engines_reject_bidirectional_checkpoints(engine, fields, named):
     config = AutoConfig.from_pretrained(ROOT, trust_remote_code=True, **fields)
     assert type(AutoModel.from_config(config, trust_remote_code=True)).__name__ == "TheWorldForConditionalGeneration"
     with pytest.raises(ValueError, match=f"A serving engine masks causally, but this model.*{named}"):

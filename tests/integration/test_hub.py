@@ -1,29 +1,27 @@
 """Tests the Hub: pushed, loaded by name and commit, offline, with changed code, over broken connections."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub.constants import DOWNLOAD_CHUNK_SIZE
-from test_user_route import MODEL_FILES
 from transformers import AutoModel
 
+from tests.helpers import ROOT
+from tests.helpers.commands import run_theworld
+from tests.helpers.docs import snippets
 from tests.helpers.fake_hub import Hub, Repo
 from tests.helpers.fresh import run_fresh
+from theworld.convert_weights import MODEL_FILES
 
 
-ROOT = Path(__file__).parents[2]
 NAME = "org/theworld"
-# The README's two ways to load a commit.
-PINNED = re.search(
-    r"```python\n[^`]*COMMIT.*COMMIT[^`]*```", (ROOT / "README.md").read_text(), flags=re.DOTALL
-).group()
+# The two ways in the docs to load a commit.
+PINNED = [each.code for each in snippets("docs/publishing.md", "python") if "COMMIT" in each.code]
 
 PUSH = """
 import sys
@@ -90,14 +88,13 @@ def weights_downloads(hub) -> list[str | None]:
 def test_push_to_hub_uploads_a_complete_repo(hub, first_commit):
     tree = hub.repos[NAME].commits[first_commit]
     assert hub.repos[NAME].resolve("main") == first_commit
-    assert set(tree) >= MODEL_FILES | {"config.json", "model.safetensors", "chat_template.jinja", "tokenizer.json"}
+    assert set(tree) >= {*MODEL_FILES, "config.json", "model.safetensors", "chat_template.jinja", "tokenizer.json"}
     for name in MODEL_FILES:
         assert tree[name] == (ROOT / name).read_bytes()
 
 
-def test_a_commit_is_loaded_by_name_then_offline_and_a_later_one_with_its_own_code(
-    hub, first_commit, tmp_path, monkeypatch
-):
+def test_each_commit_loads_with_its_own_code(hub, first_commit, tmp_path, monkeypatch):
+    """By name, then offline; a later commit has other code and the same weights."""
     assert run_fresh("-c", ASK, NAME, PICTURE, first_commit, cache=tmp_path).split() == ["2", "first"]
     assert weights_downloads(hub) == [None]
 
@@ -117,17 +114,15 @@ def test_a_commit_is_loaded_by_name_then_offline_and_a_later_one_with_its_own_co
     assert not hub.downloads
 
 
-def test_the_readmes_lines_pin_a_commit_and_run_its_code_or_the_packages(hub, first_commit, tmp_path):
-    commit = PINNED.replace("ORG/NAME", NAME).replace("COMMIT", first_commit)
-    modules = [
-        run_fresh("-c", f"{code}print(type(model).__module__)", cache=tmp_path).strip()
-        for code in re.findall(r"```python\n(.*?)```", commit, flags=re.DOTALL)
-    ]
+def test_pinned_commits_run_their_code_or_the_packages(hub, first_commit, tmp_path):
+    """The docs' two snippets."""
+    pinned = [code.replace("ORG/NAME", NAME).replace("COMMIT", first_commit) for code in PINNED]
+    modules = [run_fresh("-c", f"{code}print(type(model).__module__)", cache=tmp_path).strip() for code in pinned]
     assert modules[0].startswith("transformers_modules.") and first_commit in modules[0]
     assert modules[1] == "theworld.modeling_theworld"
 
 
-def test_a_download_goes_on_where_its_connection_broke(hub, first_commit, tmp_path):
+def test_a_broken_download_resumes_where_it_stopped(hub, first_commit, tmp_path):
     # In float64, because the client keeps whole chunks, and one of those is more than the bundled weights.
     model = AutoModel.from_pretrained(ROOT, trust_remote_code=True, dtype=torch.float64)
     model.save_pretrained(tmp_path / "float64")
@@ -139,7 +134,7 @@ def test_a_download_goes_on_where_its_connection_broke(hub, first_commit, tmp_pa
     assert weights_downloads(hub) == [None, f"bytes={DOWNLOAD_CHUNK_SIZE}-"]
 
 
-def test_a_killed_download_leaves_nothing_that_a_later_one_trusts(hub, first_commit, tmp_path):
+def test_a_killed_download_is_not_trusted_later(hub, first_commit, tmp_path):
     half_way, killed = threading.Event(), threading.Event()
 
     def hold(path: str) -> int | None:
@@ -166,7 +161,7 @@ def test_an_unknown_revision_is_named(hub, first_commit, tmp_path):
     assert finished.returncode and "no-such-revision" in finished.stderr
 
 
-def test_the_converter_reads_from_the_hub_and_pushes_to_it(hub, sources, tmp_path):
+def test_conversion_reads_from_and_pushes_to_the_hub(hub, sources, tmp_path):
     upload = """
 import sys
 from huggingface_hub import HfApi
@@ -177,8 +172,8 @@ for folder, name in zip(sys.argv[1::2], sys.argv[2::2]):
     folders = (sources / "pipeline", "org/pipeline", sources / "gemma2", "org/gemma")
     vae_commit, _ = run_fresh("-c", upload, *folders, cache=tmp_path / "uploader").split()
     convert = ["--vae", "org/pipeline", "--vae-revision", vae_commit, "--gemma", "org/gemma"]
-    options = ["--image-size", "64", "--output", tmp_path / "converted", "--push-to-hub", "org/converted"]
-    run_fresh(ROOT / "convert_weights.py", *convert, *options, cache=tmp_path / "converter")
+    options = ["--image-size", "64", "--output-dir", tmp_path / "converted", "--push-to-hub", "org/converted"]
+    run_fresh("-m", "theworld.cli", "convert", *convert, *options, cache=tmp_path / "converter")
 
     assert not hub.repos["org/converted"].private
     pushed = hub.repos["org/converted"].commits[hub.repos["org/converted"].resolve("main")]
@@ -194,24 +189,23 @@ for folder, name in zip(sys.argv[1::2], sys.argv[2::2]):
 
 
 def test_a_private_push_makes_a_private_repo(hub, sources, tmp_path):
-    paths = ("--vae", sources / "pipeline", "--gemma", sources / "gemma2", "--output", tmp_path / "converted")
+    paths = ("--vae", sources / "pipeline", "--gemma", sources / "gemma2", "--output-dir", tmp_path / "converted")
     options = ("--image-size", "64", "--push-to-hub", "org/secret", "--private")
-    run_fresh(ROOT / "convert_weights.py", *paths, *options, cache=tmp_path / "converter")
+    run_fresh("-m", "theworld.cli", "convert", *paths, *options, cache=tmp_path / "converter")
     assert hub.repos["org/secret"].private and "config.json" in list(hub.repos["org/secret"].commits.values())[-1]
 
 
-def test_a_private_push_to_a_public_repo_is_refused(hub, sources, tmp_path):
+def test_a_private_push_to_a_public_repo_is_rejected(hub, sources, tmp_path):
     hub.repos["org/public"] = Repo()
     commit = hub.repos["org/public"].commit({})
-    paths = ("--vae", sources / "pipeline", "--gemma", sources / "gemma2", "--output", tmp_path / "converted")
-    command = [sys.executable, ROOT / "convert_weights.py", *paths, "--push-to-hub", "org/public", "--private"]
-    finished = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    paths = ("--vae", sources / "pipeline", "--gemma", sources / "gemma2", "--output-dir", tmp_path / "converted")
+    finished = run_theworld("convert", *paths, "--push-to-hub", "org/public", "--private")
     assert finished.returncode == 1
     assert "org/public is a public repo already. Make it private on the Hub" in finished.stderr
     assert not (tmp_path / "converted").exists() and list(hub.repos["org/public"].commits) == [commit]
 
 
-def test_a_pushed_model_leaves_the_repos_processor(hub, tmp_path):
+def test_pushing_a_model_keeps_the_repos_processor(hub, tmp_path):
     code = """
 import sys
 from transformers import AutoModel, AutoProcessor

@@ -1,4 +1,4 @@
-"""Pins lm-eval (`make test-harness`): the README's own lines score held-out scenes; prompts are those of a chat."""
+"""Tests lm-eval (`make test-harness`): the docs' own lines score held-out scenes, and prompts are those of a chat."""
 
 import json
 import os
@@ -12,24 +12,23 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.helpers import ROOT
+from tests.helpers.docs import sentences, snippet
 from theworld import TheWorldProcessor
 
 
 pytestmark = pytest.mark.harness
 
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
 
-
-def test_the_readmes_commands_score_the_bundled_model(tmp_path):
-    (block,) = (block for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL) if "lm_eval " in block)
-    _install, write, score = map(shlex.split, block.strip().splitlines())
+def test_the_docs_commands_score_the_bundled_model(tmp_path):
+    _install, write, score = map(shlex.split, snippet("docs/evaluation.md", "lm_eval ", "bash").commands)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     for command in (write, [*score, "--device", "cpu", "--output_path", str(tmp_path)]):
         subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=600)
     (report,) = tmp_path.rglob("results_*.json")
     right = json.loads(report.read_text())["results"]["theworld_scenes"]["exact_match,none"]
-    stated, total = map(int, re.search(r"(\d+) of (\d+) right \(`make test-harness`\)", README).groups())
+    page = sentences("docs/evaluation.md")
+    stated, total = map(int, re.search(r"(\d+) of (\d+) right \(`make test-harness`\)", page).groups())
     assert round(right * total) == stated
 
 

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_run_it import promised, snippet
-from test_user_route import run_fresh
 from transformers import AutoModel, AutoProcessor
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from recipe.evaluate import held_out_cases
+from tests.helpers import ROOT
+from tests.helpers.docs import read, snippet
+from tests.helpers.fresh import run_fresh
 from theworld import TheWorldForConditionalGeneration
 
 
-ROOT = Path(__file__).parents[2]
 RESULTS = json.loads((ROOT / "results" / "quantized.json").read_text())
 
 with_libraries = pytest.mark.quantized
@@ -57,7 +57,7 @@ def test_float16_holds_every_part_in_float16(convert_whole):
 
 @pytest.fixture(scope="module")
 def quantized():
-    """recipe/quantized.py, which imports what only this environment has."""
+    """recipe/quantized.py, whose imports exist only in this environment."""
     import recipe.quantized
 
     return recipe.quantized
@@ -79,7 +79,7 @@ def test_gemmas_layers_are_quantized_and_nothing_else(quantized, setting):
 
 @with_libraries
 @pytest.mark.parametrize("setting", CLASSES)
-def test_it_still_answers_right(quantized, setting):
+def test_quantized_models_answer_right(quantized, setting):
     assert quantized.share_right(setting, held_out_cases(23))["share"] >= 0.93
 
 
@@ -87,7 +87,7 @@ def test_it_still_answers_right(quantized, setting):
 @pytest.mark.parametrize("setting", CLASSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @torch.no_grad()
-def test_what_gemma_is_shown_keeps_its_bits(quantized, setting, dtype, convert_whole):
+def test_features_keep_their_bits(quantized, setting, dtype, convert_whole):
     folder = convert_whole("--latent-merge-size", "2", "--projector-type", "mlp")
     options = {"trust_remote_code": True, "dtype": dtype}
     whole = AutoModel.from_pretrained(folder, **options).eval()
@@ -107,7 +107,7 @@ def test_what_gemma_is_shown_keeps_its_bits(quantized, setting, dtype, convert_w
 
 @with_libraries
 def test_a_projection_in_4_bits_still_sees():
-    """Not what a loader does, but what somebody may do by hand: storage is integers, computing is not."""
+    """Loaders never do this, but users can: weights are stored as integers and computed in floating point."""
     import bitsandbytes
 
     model = AutoModel.from_pretrained(ROOT, trust_remote_code=True).eval()
@@ -143,7 +143,7 @@ with torch.no_grad():
 
 @with_libraries
 @pytest.mark.parametrize("setting", CLASSES)
-def test_saved_quantized_it_reloads_with_the_same_logits(quantized, setting, photo, tmp_path):
+def test_a_saved_quantized_model_reloads_with_equal_logits(quantized, setting, photo, tmp_path):
     processor = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
     torch.save(dict(processor(text="<world>what is it?", images=photo, return_tensors="pt")), tmp_path / "inputs")
     torch.save(quantized.SETTINGS[setting](), tmp_path / "settings")
@@ -225,17 +225,17 @@ def test_every_setting_is_in_the_published_table(quantized):
     assert RESULTS["questions"] >= 2000
     table = quantized.table(RESULTS["scores"])
     assert table == (ROOT / "results" / "quantized.md").read_text().strip()
-    assert table in (ROOT / "README.md").read_text()
+    assert table in read("docs/quantization.md")
 
 
 @with_libraries
 @pytest.mark.parametrize("word", ["Int8WeightOnlyConfig", "BitsAndBytesConfig"])
-def test_the_readmes_snippets_load_what_answers(word, monkeypatch, capsys):
+def test_the_docs_snippets_load_models_that_answer(word, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     namespace = {}
-    exec(snippet(word), namespace)
-    model = namespace["model"]
-    exec(snippet("pipe = "), namespace)
+    exec(snippet("docs/quantization.md", word).code, namespace)
+    model, pipe = namespace["model"], snippet("docs/usage.md", "pipe = ")
+    exec(pipe.code, namespace)
     namespace["pipe"].model = model
-    exec(snippet("pipe = ").splitlines()[-1], namespace)
-    assert capsys.readouterr().out.split() == [promised(snippet("pipe = "))] * 2
+    exec(pipe.code.splitlines()[-1], namespace)
+    assert capsys.readouterr().out.split() == pipe.promised * 2

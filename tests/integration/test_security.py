@@ -1,4 +1,4 @@
-"""Pins what loading does not do: reach for the network, unpickle, read elsewhere; and that versions are looked at."""
+"""Tests that loading uses no network, unpickles nothing and reads no other folder, and that it checks versions."""
 
 import os
 import re
@@ -13,19 +13,18 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel
 
+from tests.helpers import ROOT
 from theworld import versions_theworld
 from theworld.training.data import resolve_image_path
 
 
-ROOT = Path(__file__).parents[2]
-
 WITHOUT_NETWORK = """
 import socket, sys
 
-def refuse(*args, **kwargs):
+def reject(*args, **kwargs):
     raise AssertionError(f"reached for the network: {args}")
 
-socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = socket.create_connection = refuse
+socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = socket.create_connection = reject
 if sys.argv[2] == "package":
     import theworld
 from transformers import AutoModel, AutoProcessor
@@ -39,7 +38,7 @@ print(*sorted(name for name in remote if name.endswith("_theworld")))
 
 
 @pytest.mark.parametrize("route", ["package", "remote code"])
-def test_import_and_load_touch_no_network_and_run_the_models_files_alone(convert, tmp_path, route):
+def test_loading_uses_no_network_and_runs_only_remote_code(convert, tmp_path, route):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_HUB_OFFLINE")}
     environment |= {"HF_HOME": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules")}
     command = [sys.executable, "-W", "ignore", "-c", WITHOUT_NETWORK, convert("gemma2"), route]
@@ -60,7 +59,7 @@ def test_a_pickle_is_not_read(convert, tmp_path):
 
 
 @pytest.mark.parametrize("image", ["../secret.png", "/etc/hostname", "images/../../secret.png", "images/link.png"])
-def test_a_datasets_paths_stay_in_its_folder(tmp_path, image):
+def test_dataset_paths_outside_their_folder_are_rejected(tmp_path, image):
     (tmp_path / "secret.png").write_bytes(b"")
     (tmp_path / "data" / "images").mkdir(parents=True)
     (tmp_path / "data" / "images" / "link.png").symlink_to(tmp_path / "secret.png")
@@ -68,7 +67,7 @@ def test_a_datasets_paths_stay_in_its_folder(tmp_path, image):
         resolve_image_path(tmp_path / "data", image)
 
 
-def test_a_datasets_own_paths_are_read(tmp_path, monkeypatch):
+def test_dataset_paths_inside_their_folder_are_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(b"")
@@ -78,7 +77,7 @@ def test_a_datasets_own_paths_are_read(tmp_path, monkeypatch):
         resolve_image_path(Path("."), "b.png")
 
 
-def test_the_package_requires_the_oldest_tested_versions_without_upper_bounds():
+def test_requirements_are_the_oldest_tested_versions_unbounded():
     for package, (oldest, _) in versions_theworld.TESTED.items():
         (bounds,) = (requirement for requirement in requires("theworld") if re.match(rf"{package}\b", requirement))
         assert bounds == f"{package}>={oldest}"

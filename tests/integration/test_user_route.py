@@ -1,34 +1,32 @@
-"""Pins the user's route: a folder, the Auto classes, a fresh process, an empty cache."""
+"""Tests the user's route: a folder, the Auto classes, a fresh process, an empty cache."""
 
 import json
-from pathlib import Path
 
 import pytest
 
+from tests.helpers import ROOT
 from tests.helpers.fresh import run_fresh
-from theworld import convert_weights
+from theworld.convert_weights import MODEL_FILES
 
 
-TESTS = Path(__file__).parent
-
-MODEL_FILES = set(convert_weights.MODEL_FILES)
+STEPS = ROOT / "tests" / "helpers" / "user_route.py"
 
 
 def test_generation_from_text_images_and_batches(checkpoint, tmp_path):
-    run_fresh(TESTS / "user_route.py", "answer", checkpoint, cache=tmp_path)
+    run_fresh(STEPS, "answer", checkpoint, cache=tmp_path)
 
 
-def test_a_tuned_copy_saves_and_reloads_bit_for_bit_with_its_code(convert, tmp_path):
+def test_a_tuned_copy_reloads_bit_for_bit_with_code(convert, tmp_path):
     output = tmp_path / "tuned"
-    run_fresh(TESTS / "user_route.py", "tune", convert("gemma2"), output, cache=tmp_path / "cache")
+    run_fresh(STEPS, "tune", convert("gemma2"), output, cache=tmp_path / "cache")
     original = json.loads((convert("gemma2") / "config.json").read_text())
     for form in ("float32", "bfloat16", "sharded"):
         saved = json.loads((output / form / "config.json").read_text())
         assert saved["auto_map"] == original["auto_map"]
-        assert {path.name for path in (output / form).iterdir()} >= MODEL_FILES
+        assert {path.name for path in (output / form).iterdir()} >= set(MODEL_FILES)
     assert len(list((output / "sharded").glob("*.safetensors"))) > 1
     # Another cache: what loads now is the code saved with the copy.
-    run_fresh(TESTS / "user_route.py", "check", output, cache=tmp_path / "another cache")
+    run_fresh(STEPS, "check", output, cache=tmp_path / "another cache")
 
 
 def test_the_installed_package_needs_no_remote_code(convert, tmp_path):
@@ -57,4 +55,4 @@ AutoModel.from_config(config, trust_remote_code=trust).save_pretrained(sys.argv[
     saved = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert saved["auto_map"]["AutoModelForMultimodalLM"] == "modeling_theworld.TheWorldForConditionalGeneration"
     of_processor = {"processing_theworld.py", "images_theworld.py", "videos_theworld.py"}
-    assert MODEL_FILES - of_processor <= {path.name for path in (tmp_path / "saved").iterdir()}
+    assert set(MODEL_FILES) - of_processor <= {path.name for path in (tmp_path / "saved").iterdir()}

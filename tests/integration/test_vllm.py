@@ -1,19 +1,16 @@
-"""Pins vLLM (`make test-vllm`): `vllm serve .` answers over its OpenAI API with exactly the tokens of transformers."""
+"""Tests vLLM (`make test-vllm`): `vllm serve .` answers over its OpenAI API with the tokens of transformers."""
 
 import base64
 import io
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,81 +18,32 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_run_it import snippet
 from transformers import AutoModel, AutoProcessor
 
+from tests.helpers import ROOT
 from tests.helpers import load_test as load
+from tests.helpers.docs import snippet
+from tests.helpers.generation import chat_inputs
+from tests.helpers.servers import MAX_TOKENS, Message, content_of, data_url, serve_vllm
 from theworld.evaluation.scenes import SPLITS, draw_scene
 
 
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
-COMMAND = re.search(r"^vllm serve .*$", README, flags=re.MULTILINE).group()
-
 pytestmark = pytest.mark.vllm
 
-MAX_TOKENS = 20
-
-# A user's message: texts and images in their order.
-Message = list[str | Image.Image]
-
-# As train.py's.
-GEMMA_MATRICES = r".*\.language_model\.layers\..*_proj"
+# As in training/train.py.
+LORA_TARGET_MODULES = r".*\.language_model\.layers\..*_proj"
 PLACEHOLDERS = ["<world>", "<start_of_world>", "<end_of_world>", "<world_video>"]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@contextmanager
-def serve(model: Path, folder: Path, *options: str):
-    """Runs the README's command in a model's folder; yields the server's address, once it is ready, and process."""
-    port = free_port()
-    program, *arguments = COMMAND.split()
-    command = [Path(sys.executable).parent / program, *arguments, "--host", "127.0.0.1", "--port", str(port), *options]
-    environment = os.environ | {
-        "VLLM_CACHE_ROOT": str(folder),
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-    log = folder / "log.txt"
-    with log.open("w") as stream:
-        server = subprocess.Popen(command, cwd=model, env=environment, stdout=stream, stderr=subprocess.STDOUT)
-    try:
-        address = f"http://127.0.0.1:{port}"
-        await_health(server, address, log)
-        yield address, server.pid
-    finally:
-        server.terminate()
-        server.wait(timeout=60)
-
-
-def await_health(server: subprocess.Popen, address: str, log: Path, seconds: int = 300) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if server.poll() is not None:
-            pytest.fail(f"vLLM ended with {server.returncode}:\n{log.read_text()[-5000:]}")
-        try:
-            with urllib.request.urlopen(f"{address}/health", timeout=5):
-                return
-        except (urllib.error.URLError, TimeoutError):
-            time.sleep(1)
-    pytest.fail(f"vLLM was not ready after {seconds} s:\n{log.read_text()[-5000:]}")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where the server keeps its log."""
+    """The folder of the server's log."""
     return tmp_path_factory.mktemp("vllm")
 
 
 @pytest.fixture(scope="module")
 def server(folder):
-    with serve(ROOT, folder, "--dtype", "float32", "--trust-request-mm-kwargs") as server:
+    with serve_vllm(ROOT, folder, "--dtype", "float32", "--trust-request-mm-kwargs") as server:
         yield server
 
 
@@ -110,7 +58,7 @@ def scenes():
 
 
 def greedy(folder: Path, adapter: Path | None = None) -> Callable[[Message], list[int]]:
-    """What gives the greedy tokens of transformers for a message, with an adapter or without."""
+    """A function from a message to the greedy tokens of transformers, with or without an adapter."""
     model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
     if adapter is not None:
         from peft import PeftModel
@@ -123,13 +71,7 @@ def greedy(folder: Path, adapter: Path | None = None) -> Callable[[Message], lis
             {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part}
             for part in message
         ]
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
+        inputs = chat_inputs(processor, [{"role": "user", "content": content}])
         output = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_TOKENS)
         return output[0, inputs["input_ids"].shape[1] :].tolist()
 
@@ -142,7 +84,7 @@ def theirs():
 
 
 def ours(address: str, message: Message | list[dict], model: str = ".", **fields: Any) -> list[int]:
-    """Greedy tokens of the server for a message, or for its content as OpenAI's API takes it."""
+    """Greedy tokens of the server for a message, or for its content in OpenAI's format."""
     import openai  # only vLLM's environment has it
 
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="none")
@@ -156,31 +98,14 @@ def ours(address: str, message: Message | list[dict], model: str = ".", **fields
     return completion.choices[0].token_ids
 
 
-def refusal(address: str, route: str, **fields: Any) -> str:
-    """The message with which the server refuses a request as its sender's error."""
+def rejection(address: str, route: str, **fields: Any) -> str:
+    """The server's message for a request that it rejects with status 400."""
     body = json.dumps({"model": ".", **fields}).encode()
     request = urllib.request.Request(f"{address}{route}", body, {"Content-Type": "application/json"})
     with pytest.raises(urllib.error.HTTPError) as raised:
         urllib.request.urlopen(request, timeout=60)
     assert raised.value.code == 400
     return json.loads(raised.value.read())["error"]["message"]
-
-
-def content_of(message: Message | list[dict]) -> list[dict]:
-    """A message as OpenAI's API takes it; parts that are so already stay as they are."""
-
-    def part_of(part: str | Image.Image | dict) -> dict:
-        if isinstance(part, str):
-            return {"type": "text", "text": part}
-        return part if isinstance(part, dict) else {"type": "image_url", "image_url": {"url": data_url(part)}}
-
-    return [part_of(part) for part in message]
-
-
-def data_url(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def metric(address: str, name: str) -> float:
@@ -228,7 +153,7 @@ def test_32_requests_at_once(address, theirs, scenes):
 
 
 def test_a_cached_prefix_serves_its_own_images_only(address, theirs, scenes):
-    """Prompts of the same text have the same token ids; what is kept of one must not answer for other images."""
+    """Prompts of the same text have the same token ids; a cached prefix must not be used for other images."""
     before = metric(address, "prefix_cache_hits_total")
     first, second, third = (scene.image for scene in scenes[32:35])
     questions = ["What shape is the red object?", "How many circles are there?"]
@@ -239,15 +164,15 @@ def test_a_cached_prefix_serves_its_own_images_only(address, theirs, scenes):
     assert metric(address, "prefix_cache_hits_total") > before
 
 
-def test_the_readmes_client_gets_the_right_answer(address, capsys, monkeypatch):
+def test_the_docs_client_gets_the_right_answer(address, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    code = snippet("openai")
-    assert "http://localhost:8000" in code
-    exec(code.replace("http://localhost:8000", address), {})
-    assert capsys.readouterr().out.strip() == re.search(r"# (.*)\n$", code).group(1)
+    client = snippet("docs/serving.md", "openai")
+    assert "http://localhost:8000" in client.code
+    exec(client.code.replace("http://localhost:8000", address), {})
+    assert capsys.readouterr().out.strip() == client.promised[0]
 
 
-def test_a_bad_image_is_the_callers_error_and_the_server_goes_on(address, theirs, scenes):
+def test_a_bad_image_is_an_error_of_its_request(address, theirs, scenes):
     import openai
 
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
@@ -258,7 +183,7 @@ def test_a_bad_image_is_the_callers_error_and_the_server_goes_on(address, theirs
     assert ours(address, message) == theirs(message)
 
 
-def test_a_video_is_the_callers_error(address, theirs, scenes):
+def test_a_video_is_an_error_of_its_request(address, theirs, scenes):
     import openai
 
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
@@ -276,24 +201,24 @@ def test_a_start_logs_no_error(server, folder):
 
 
 @pytest.mark.parametrize("texts", load.SPLIT_TEXTS, ids=repr)
-def test_split_placeholders_are_refused_on_every_route(address, scenes, texts):
+def test_split_placeholders_are_rejected_on_every_route(address, scenes, texts):
     question, url = scenes[0].questions[0].text, data_url(scenes[0].image)
     typed = "A message's text holds <"
     chat = [{"role": "user", "content": content_of([scenes[0].image, *texts, question])}]
-    assert typed in refusal(address, "/v1/chat/completions", messages=chat)
-    assert typed in refusal(address, "/tokenize", messages=chat)
+    assert typed in rejection(address, "/v1/chat/completions", messages=chat)
+    assert typed in rejection(address, "/tokenize", messages=chat)
     earlier = [{"role": "user", "content": "a"}, {"role": "assistant", "content": content_of(texts)}]
-    assert typed in refusal(address, "/v1/chat/completions", messages=[*earlier, {"role": "user", "content": "b"}])
+    assert typed in rejection(address, "/v1/chat/completions", messages=[*earlier, {"role": "user", "content": "b"}])
 
     image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": url.split(",")[1]}}
     fields = {"messages": [{"role": "user", "content": [image, *content_of(texts)]}], "max_tokens": 5}
-    assert typed in refusal(address, "/v1/messages", **fields)
+    assert typed in rejection(address, "/v1/messages", **fields)
 
     parts = [{"type": "input_text", "text": text} for text in texts] + [{"type": "input_image", "image_url": url}]
-    assert typed in refusal(address, "/v1/responses", input=[{"role": "user", "content": parts}])
+    assert typed in rejection(address, "/v1/responses", input=[{"role": "user", "content": parts}])
 
 
-def test_an_offline_engine_refuses_split_placeholders(scenes, tmp_path):
+def test_an_offline_engine_rejects_split_placeholders(scenes, tmp_path):
     """In a fresh process, as its users run it."""
     code = """
 from vllm import LLM, SamplingParams
@@ -328,19 +253,19 @@ def test_chat_template_kwargs_write_no_placeholder(address, theirs, scenes):
         assert ours(address, message, chat_template_kwargs={name: "<world>"}) == theirs(message), name
     typed = {"messages": [{"role": "user", "content": "what is <world>?"}]}
     for name in ("raise_exception", "namespace"):
-        refusal(address, "/v1/chat/completions", **typed, chat_template_kwargs={name: "a"})
+        rejection(address, "/v1/chat/completions", **typed, chat_template_kwargs={name: "a"})
 
 
 @pytest.mark.parametrize("options", [*load.SPOILING_OPTIONS, {"image_mean": float("nan")}], ids=str)
-def test_options_that_spoil_an_image_are_refused(address, theirs, scenes, options):
+def test_options_that_spoil_an_image_are_rejected(address, theirs, scenes, options):
     message = [scenes[0].image, scenes[0].questions[0].text]
     asked = {"messages": [{"role": "user", "content": content_of(message)}], "mm_processor_kwargs": options}
-    assert "Failed to apply TheWorldProcessor" in refusal(address, "/v1/chat/completions", **asked)
+    assert "Failed to apply TheWorldProcessor" in rejection(address, "/v1/chat/completions", **asked)
     assert ours(address, message) == theirs(message)
 
 
-def test_placeholders_come_out_unless_they_are_bad_words(address, theirs, scenes):
-    """vLLM reads no `suppress_tokens`, by which transformers never generates them."""
+def test_bad_words_prevent_generated_placeholders(address, theirs, scenes):
+    """vLLM ignores `suppress_tokens`, with which transformers never generates them."""
     message = [scenes[0].image, scenes[0].questions[0].text]
     tokenizer = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True).tokenizer
     video = tokenizer.convert_tokens_to_ids("<world_video>")
@@ -349,8 +274,8 @@ def test_placeholders_come_out_unless_they_are_bad_words(address, theirs, scenes
     assert ours(address, message, **wanted, bad_words=PLACEHOLDERS) == theirs(message)
 
 
-def test_vllms_own_loading_reads_some_pictures_otherwise(address, theirs, scenes):
-    """What the README says of it, and that `read_image` mends it."""
+def test_vllms_own_loader_reads_some_images_differently(address, theirs, scenes):
+    """As docs/serving.md says; and `read_image` reads them right."""
     from vllm.multimodal.media.image import ImageMediaIO
 
     from theworld.images_theworld import read_image
@@ -388,7 +313,7 @@ def test_two_processes_share_the_model(theirs, scenes, tmp_path):
     """Tensor parallel; without compiling, which the other tests cover."""
     messages = mixed_messages(scenes[:16])
     options = ("--dtype", "float32", "--tensor-parallel-size", "2", "--enforce-eager")
-    with serve(ROOT, tmp_path, *options) as (address, _), ThreadPoolExecutor(8) as pool:
+    with serve_vllm(ROOT, tmp_path, *options) as (address, _), ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda message: ours(address, message), messages))
     assert answers == [theirs(message) for message in messages]
 
@@ -404,16 +329,16 @@ def test_two_processes_share_the_model(theirs, scenes, tmp_path):
 def test_converted_checkpoints_are_served_to_the_token(convert, scenes, tmp_path, family, options):
     folder = convert(family, *options)
     theirs = greedy(folder)
-    with serve(folder, tmp_path, "--dtype", "float32", "--enforce-eager") as (address, _):
+    with serve_vllm(folder, tmp_path, "--dtype", "float32", "--enforce-eager") as (address, _):
         for message in mixed_messages(scenes)[:8]:
             assert ours(address, message) == theirs(message)
 
 
-def test_a_checkpoint_that_reads_both_ways_is_not_served(convert, tmp_path):
+def test_a_bidirectional_checkpoint_is_not_served(convert, tmp_path):
     folder = convert("gemma2", "--world-attention", "bidirectional")
     with (
         pytest.raises(pytest.fail.Exception, match="vLLM ended with 1"),
-        serve(folder, tmp_path, "--dtype", "float32", "--enforce-eager"),
+        serve_vllm(folder, tmp_path, "--dtype", "float32", "--enforce-eager"),
     ):
         pass
     log = (tmp_path / "log.txt").read_text()
@@ -421,12 +346,12 @@ def test_a_checkpoint_that_reads_both_ways_is_not_served(convert, tmp_path):
 
 
 def save_adapter(folder: Path, **fields: Any) -> Path:
-    """An adapter of the bundled model, as train.py makes them, with random weights."""
+    """An adapter of the bundled model, as `theworld train` makes them, with random weights."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
     model = AutoModel.from_pretrained(ROOT, trust_remote_code=True)
-    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=GEMMA_MATRICES, **fields))
+    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=LORA_TARGET_MODULES, **fields))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data.add_(torch.randn_like(parameter) * 0.2)
@@ -434,19 +359,19 @@ def save_adapter(folder: Path, **fields: Any) -> Path:
     return folder
 
 
-def test_an_adapter_of_gemmas_matrices_is_served_as_it_is(theirs, scenes, tmp_path):
+def test_an_adapter_of_gemmas_matrices_is_served_unmerged(theirs, scenes, tmp_path):
     adapter = save_adapter(tmp_path / "adapter")
     adapted = greedy(ROOT, adapter)
     options = ("--enable-lora", "--lora-modules", f"tuned={adapter}", "--dtype", "float32", "--enforce-eager")
     messages = mixed_messages(scenes)[:8]
-    with serve(ROOT, tmp_path, *options) as (address, _):
+    with serve_vllm(ROOT, tmp_path, *options) as (address, _):
         assert [ours(address, message, "tuned") for message in messages] == [adapted(message) for message in messages]
         assert [ours(address, message) for message in messages] == [theirs(message) for message in messages]
     assert [adapted(message) for message in messages] != [theirs(message) for message in messages]
 
 
 def test_an_adapter_of_the_projection_is_merged_first(theirs, scenes, tmp_path, monkeypatch):
-    """As train.py saves them, with the projection and two tokens; by the README's snippet."""
+    """An adapter of `theworld train`, with the projection and two tokens, merged by the docs' snippet."""
     from vllm.config.lora import LoRAConfig
     from vllm.lora.peft_helper import PEFTHelper
 
@@ -457,10 +382,10 @@ def test_an_adapter_of_the_projection_is_merged_first(theirs, scenes, tmp_path, 
     with pytest.raises(ValueError, match="Unsupported modules_to_save"):
         PEFTHelper.from_local_dir("tuned", 4096).validate_legal(LoRAConfig(max_lora_rank=8))
 
-    exec(snippet("merge_and_unload"), {})
+    exec(snippet("docs/serving.md", "merge_and_unload").code, {})
     messages = mixed_messages(scenes)[:8]
     adapted = list(map(greedy(ROOT, tmp_path / "tuned"), messages))
     assert list(map(greedy(tmp_path / "merged"), messages)) == adapted != list(map(theirs, messages))
-    with serve(tmp_path / "merged", tmp_path, "--dtype", "float32", "--enforce-eager") as (address, _):
+    with serve_vllm(tmp_path / "merged", tmp_path, "--dtype", "float32", "--enforce-eager") as (address, _):
         # Such weights would say `<world_video>`.
         assert [ours(address, message, bad_words=PLACEHOLDERS) for message in messages] == adapted

@@ -1,31 +1,26 @@
-"""Pins app.py (`make test-web`): in a browser, it answers about scenes and uploads, with world tokens and without."""
+"""Tests the web page of docs/serving.md in a browser (`make test-web`): answers about scenes and uploads."""
 
 import http.client
 import json
-import os
 import re
-import subprocess
-import sys
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from test_vllm import free_port
 
+from tests.helpers import ROOT, servers
 from tests.helpers import load_test as load
 from theworld.evaluation.scenes import SPLITS, draw_scene
 from theworld.images_theworld import read_image
 
 
-ROOT = Path(__file__).parents[2]
 SCREENSHOT = ROOT / "build" / "web.png"
 QUESTION = "Where is the yellow star from the blue star?"
 
@@ -34,44 +29,16 @@ httpx = pytest.importorskip("httpx")  # comes with gradio
 pytestmark = pytest.mark.web
 
 
-def wait_for(condition: Callable, what: str, seconds: float = 60):
+def wait_for(condition: Callable, what: str):
     """The first true value of `condition()`; elements that are not there, or no more, count as false."""
     from selenium.common.exceptions import WebDriverException
 
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
-            if value := condition():
-                return value
-        except (WebDriverException, AttributeError):
-            pass
-        time.sleep(0.1)
-    pytest.fail(f"waited {seconds} s for {what}")
-
-
-@contextmanager
-def serve(folder: Path):
-    """Runs app.py as a user starts it; yields its address, once it is ready, and its process."""
-    port, log = free_port(), folder / "log.txt"
-    environment = os.environ | {"GRADIO_SERVER_PORT": str(port), "GRADIO_ANALYTICS_ENABLED": "False"}
-    environment["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what is freed goes back, so that memory can be compared
-    with log.open("w") as stream:
-        server = subprocess.Popen(
-            [sys.executable, "app.py"], cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT
-        )
-    try:
-        wait_for(lambda: server.poll() is not None or "Running on" in log.read_text(), "app.py to start")
-        assert server.poll() is None, log.read_text()
-        assert f"http://127.0.0.1:{port}" in log.read_text()  # not on every address of the machine
-        yield f"http://127.0.0.1:{port}", server.pid
-    finally:
-        server.terminate()
-        server.wait(timeout=30)
+    return servers.wait_for(condition, what, ignored=(WebDriverException, AttributeError))
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    with serve(tmp_path_factory.mktemp("web")) as server:
+    with servers.serve_web(tmp_path_factory.mktemp("web")) as server:
         yield server
 
 
@@ -138,7 +105,7 @@ def page(browser, address):
     return Page(browser, address)
 
 
-def test_it_answers_from_the_picture_and_shows_that_it_cannot_without(page):
+def test_answers_need_world_tokens(page):
     right = {question.text: question.answer for question in draw_scene(SPLITS["test"][0]).questions}
     assert page.own_questions() == list(right)
     first, blind = page.ask(QUESTION)
@@ -156,7 +123,7 @@ def test_it_answers_from_the_picture_and_shows_that_it_cannot_without(page):
     assert (ROOT / "assets" / "web.png").stat().st_size < 200_000
 
 
-def test_another_scene_brings_its_own_questions_and_a_new_conversation(page):
+def test_another_scene_starts_a_new_conversation(page):
     page.ask(QUESTION)
     before = page.own_questions()
     page.click("Draw another scene")
@@ -201,7 +168,7 @@ def test_a_picture_of_ones_own(page, tmp_path):
     assert "own answer" not in page.text("#note")
 
 
-def test_what_it_cannot_read_is_said_and_may_be_mended(page):
+def test_rejected_questions_can_be_corrected(page):
     page.ask(QUESTION)
     box = page.find("#question textarea")
     box.send_keys("<world>How many circles are there?")
@@ -215,7 +182,7 @@ def test_what_it_cannot_read_is_said_and_may_be_mended(page):
     assert not page.find("[role=alert]") and len(page.answers("#with")) == 2
 
 
-def test_a_file_that_is_no_picture_is_named_at_once(page, tmp_path):
+def test_unreadable_files_are_named_at_once(page, tmp_path):
     (tmp_path / "none.png").write_bytes(b"not an image")
     page.find("#picture input[type=file]").send_keys(str(tmp_path / "none.png"))
     for _ in ("when it is given", "when it is asked about"):
@@ -354,7 +321,7 @@ def test_everything_has_a_name_and_is_readable(browser, address, theme):
     ]
 
 
-def test_on_a_phone_the_question_is_on_the_first_screen(browser, address):
+def test_phone_shows_the_question_on_the_first_screen(browser, address):
     phone = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
     try:
@@ -369,7 +336,7 @@ def test_on_a_phone_the_question_is_on_the_first_screen(browser, address):
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
-def test_of_a_clip_it_takes_the_first_frame_and_says_so(page):
+def test_clips_are_read_as_their_first_frame(page):
     assert "of an animation, this page takes the first frame" in page.find("body").text
     page.find("#picture button[aria-label*='emove']").click()
     upload = wait_for(lambda: page.find("#picture input[type=file]"), "the upload")
@@ -380,7 +347,7 @@ def test_of_a_clip_it_takes_the_first_frame_and_says_so(page):
 
 
 @pytest.mark.parametrize("header", [("Content-Length", "6000000"), ("Transfer-Encoding", "chunked")])
-def test_large_uploads_and_those_of_unknown_size_are_refused_before_they_are_read(address, header):
+def test_large_uploads_are_rejected_unread(address, header):
     connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)
     connection.putrequest("POST", "/gradio_api/upload")
     connection.putheader(*header)
@@ -481,7 +448,7 @@ def call(address: str, *data) -> list:
     return json.loads(told.rpartition("event: complete\ndata: ")[2])
 
 
-def test_nothing_but_the_picture_and_the_question_is_the_clients(address, tmp_path):
+def test_clients_set_only_picture_and_question(address, tmp_path):
     other = draw_scene(SPLITS["test"][1])
     other.image.save(tmp_path / "other.png")
     file = {"path": upload(address, tmp_path / "other.png"), "url": "http://127.0.0.1:9/x.png"}
@@ -541,7 +508,9 @@ def test_the_api_has_one_endpoint(address):
         assert (refused.status_code, refused.text) == (404, "This page has no such endpoint.")
 
 
-@pytest.mark.parametrize("path", ["/etc/hostname", str(ROOT / "app.py"), "app.py", "../../../etc/hostname"])
+@pytest.mark.parametrize(
+    "path", ["/etc/hostname", str(ROOT / "demo" / "app.py"), "demo/app.py", "../../../etc/hostname"]
+)
 def test_no_file_but_its_own_is_served(address, path):
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(f"{address}/gradio_api/file={path}", timeout=60)
