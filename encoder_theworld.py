@@ -9,6 +9,7 @@ from torch import nn
 from transformers.utils import torch_compilable_check
 
 from .configuration_theworld import TheWorldEncoderConfig
+from .sizes_theworld import map_by_shape
 from .validation_theworld import check_floating
 from .wan_blocks_theworld import use_frame_modules
 
@@ -59,7 +60,9 @@ class TheWorldEncoder(nn.Module):
         self.quant_conv = WanCausalConv3d(config.z_dim * 2, config.z_dim * 2, 1)
         use_frame_modules(self)
 
-    def forward(self, pixel_values: torch.Tensor, cache: VideoCache | None = None) -> torch.Tensor:
+    def forward(
+        self, pixel_values: torch.Tensor | list[torch.Tensor], cache: VideoCache | None = None
+    ) -> torch.Tensor | list[torch.Tensor]:
         """
         Encodes images or videos to the mode of their latent distribution: deterministic and differentiable.
 
@@ -68,18 +71,25 @@ class TheWorldEncoder(nn.Module):
 
         Args:
             pixel_values: Images [B, 3, H, W] or videos [B, T, 3, H, W], floating point, in [-1, 1], H and W multiples
-                of 8, T = 1 + 4k.
+                of 8, T = 1 + 4k. Or a list of images [3, H, W] or of videos [T, 3, H, W] of several sizes.
             cache: To encode videos in several calls, pass the same cache to each. After the first call, T = 4k.
 
         Returns:
             Latents [B, z, H / 8, W / 8] of images, [B, 1 + k, z, H / 8, W / 8] of videos (k of them after the first
             call with a cache), in the encoder's dtype, not normalized; equal to
-            `AutoencoderKLWan.encode(videos.transpose(1, 2)).latent_dist.mode().transpose(1, 2)`.
+            `AutoencoderKLWan.encode(videos.transpose(1, 2)).latent_dist.mode().transpose(1, 2)`. Of a list, a list of
+            the latents of each.
 
         Raises:
             TypeError: If `pixel_values` is not floating point.
             ValueError: If its shape or range is wrong, or the cache belongs to other videos.
         """
+        if isinstance(pixel_values, list) and all(isinstance(each, torch.Tensor) for each in pixel_values):
+            return map_by_shape(self.encode, pixel_values)  # in one call, because FSDP gathers the weights for each
+        return self.encode(pixel_values, cache)
+
+    def encode(self, pixel_values: torch.Tensor, cache: VideoCache | None = None) -> torch.Tensor:
+        """Latents of images or videos of one size; see `forward`."""
         self.check(pixel_values)
         # Not the weight's dtype: a quantized weight is stored as integers.
         pixels = pixel_values.to(self.quant_conv.bias.dtype)  # type: ignore[union-attr] # Wan's has a bias

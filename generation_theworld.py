@@ -1,6 +1,7 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
 """What `generate` needs besides `forward`: images are encoded once, and their features repeated for beams."""
 
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -8,7 +9,7 @@ from transformers import Cache, GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .configuration_theworld import TheWorldConfig
-from .modalities_theworld import MODALITIES, check_placeholders_contiguous, create_block_masks
+from .modalities_theworld import MODALITIES, check_placeholders_contiguous, create_block_masks, lengths_of
 from .validation_theworld import check_context, check_generation_inputs
 from .versions_theworld import CACHE_NAME, accepts_past_key_values, create_masks_for_generate
 
@@ -65,6 +66,10 @@ class TheWorldGenerationMixin(GenerationMixin):
             return masks
         return create_masks_for_generate(config, inputs_embeds, attention_mask, cache=cache, position_ids=position_ids)
 
+    def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict) -> dict:
+        """Encodes nothing yet: `_expand_inputs_for_generation` does, because latents have sizes as pixels have."""
+        return model_kwargs
+
     def _expand_inputs_for_generation(
         self,
         expand_size: int = 1,
@@ -82,6 +87,7 @@ class TheWorldGenerationMixin(GenerationMixin):
         ids = cast(torch.LongTensor, input_ids)
         check_generation_inputs(ids, model_kwargs.get("attention_mask"), self.config.text_config.vocab_size)
         names = ["mm_encoder_outputs", *(name for modality in MODALITIES for name in modality.inputs)]
+        names += [modality.sizes for modality in MODALITIES if modality.sizes is not None]
         tokens = self.model.encode_modalities(**{name: model_kwargs.pop(name, None) for name in names})
         if tokens:
             cache, embeds = model_kwargs.get(CACHE_NAME), model_kwargs.get("inputs_embeds")
@@ -100,7 +106,7 @@ class TheWorldGenerationMixin(GenerationMixin):
         self,
         prompts: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None,
-        tokens: dict[str, torch.Tensor],
+        tokens: dict[str, torch.Tensor | list[torch.Tensor]],
         times: int,
     ) -> dict[str, BaseModelOutputWithPooling]:
         """The modalities' tokens for `times` beams per prompt: images [A, B] of a prompt become [A, B, A, B]."""
@@ -108,8 +114,20 @@ class TheWorldGenerationMixin(GenerationMixin):
         for modality in (modality for modality in MODALITIES if modality.name in tokens):
             features = tokens[modality.name]
             mask = self.model.get_placeholder_mask(prompts, inputs_embeds, features, modality)
-            check_placeholders_contiguous(mask[..., 0], features.shape[1], modality)
-            by_prompt = features.split((mask.sum((1, 2)) // features.shape[1]).tolist())
-            repeated = torch.cat([images.repeat(times, 1, 1) for images in by_prompt])
+            check_placeholders_contiguous(mask[..., 0], lengths_of(features), modality)
+            by_prompt = split_by_prompt(features, mask.sum((1, 2)).tolist())
+            repeated = [item for items in by_prompt for item in items * times]
+            repeated = torch.stack(repeated) if isinstance(features, torch.Tensor) else repeated
             outputs[modality.name] = BaseModelOutputWithPooling(pooler_output=repeated)
         return outputs
+
+
+def split_by_prompt(features: Iterable[torch.Tensor], counts: list[int]) -> list[list[torch.Tensor]]:
+    """The items [N_i, D] of each prompt, whose number of placeholders is given by `counts`."""
+    waiting, prompts = iter(features), []
+    for count in counts:
+        prompts.append([])
+        while count > 0:
+            prompts[-1].append(next(waiting))
+            count -= len(prompts[-1][-1])
+    return prompts

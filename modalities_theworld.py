@@ -1,8 +1,9 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
 """The modalities, which are the inputs besides text; their placeholders in prompts; and the masks of their blocks."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ class Modality:
         type_id: Its value in `token_type_ids`.
         contiguous: Whether the placeholders of an item follow one another. A video has timestamps between them.
         inputs: The arguments of `forward` that give it.
+        sizes: The argument of `forward` with the sizes of its items, if they can be padded.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Modality:
     type_id: int
     contiguous: bool
     inputs: tuple[str, ...]
+    sizes: str | None = None
 
     def token_id(self, config: TheWorldConfig) -> int | None:
         """The id of its placeholder token; None if a model with this config has none."""
@@ -65,6 +68,7 @@ MODALITIES = (
         type_id=WORLD_TYPE,
         contiguous=True,
         inputs=("pixel_values", "world_latents"),
+        sizes="image_sizes",
     ),
     Modality(
         "vision",
@@ -85,11 +89,12 @@ MODALITIES = (
         type_id=WORLD_TYPE,
         contiguous=False,
         inputs=("pixel_values_videos", "world_latents_videos"),
+        sizes="video_sizes",
     ),
 )
 
 
-def check_modality_inputs(encoded: Collection[str], **inputs: torch.Tensor | None) -> None:
+def check_modality_inputs(encoded: Collection[str], **inputs: torch.Tensor | list | None) -> None:
     """
     Checks which inputs are given, before any is encoded.
 
@@ -98,13 +103,17 @@ def check_modality_inputs(encoded: Collection[str], **inputs: torch.Tensor | Non
         inputs: The arguments of `forward` that `MODALITIES` lists.
 
     Raises:
-        ValueError: If a modality is given in more than one form, or images are passed as videos or the reverse.
+        ValueError: If a modality is given in more than one form, images are passed as videos or the reverse, or sizes
+            are given without what they belong to.
     """
     for modality in MODALITIES:
         given: dict[str, Any] = {name: inputs[name] for name in modality.inputs if inputs[name] is not None}
         if len(given) + (modality.name in encoded) > 1:
             forms = " or as ".join(f"`{form}`" for form in (*modality.inputs, "mm_encoder_outputs"))
             raise ValueError(f"Give the {modality.item}s once: as {forms}.")
+        if modality.sizes is not None and inputs[modality.sizes] is not None and not given:
+            owners = " or ".join(f"`{name}`" for name in modality.inputs)
+            raise ValueError(f"`{modality.sizes}` belongs to {owners}, and neither is given. Remove it.")
         other_ndims = {other.ndim for other in MODALITIES} - {modality.ndim}
         for name, value in given.items():  # the encoder checks the rest of the shape
             if getattr(value, "ndim", None) in other_ndims:
@@ -114,23 +123,36 @@ def check_modality_inputs(encoded: Collection[str], **inputs: torch.Tensor | Non
                 )
 
 
-def check_placeholders_contiguous(mask: torch.Tensor, tokens_per_item: int, modality: Modality) -> None:
+def lengths_of(features: torch.Tensor | Sequence[torch.Tensor]) -> list[int]:
+    """The number of tokens of each item, of features [items, N, D] or of one [N_i, D] for each item."""
+    if isinstance(features, torch.Tensor):
+        return [features.shape[1]] * features.shape[0]
+    return [len(of_item) for of_item in features]
+
+
+def shown_lengths(lengths: list[int]) -> str:
+    """Numbers of tokens as error messages show them."""
+    return " or ".join(map(str, sorted(set(lengths))))
+
+
+def check_placeholders_contiguous(mask: torch.Tensor, lengths: list[int], modality: Modality) -> None:
     """
     Checks that the placeholders of each image or video are in one prompt, and contiguous if the modality is.
 
     Args:
         mask: [batch, S], True at the modality's placeholders; tokens fill them in reading order.
-        tokens_per_item: Tokens per image or video.
+        lengths: The number of tokens of each image or video, in order.
 
     Raises:
         ValueError: If an item's placeholders span two prompts, or are not contiguous.
     """
-    number_in_item = (mask.flatten().cumsum(0).view(mask.shape) - 1) % tokens_per_item
+    number = mask.flatten().cumsum(0).view(mask.shape) - 1
+    begins = torch.isin(number, torch.tensor([0, *accumulate(lengths[:-1])], device=mask.device))
     continues = F.pad(mask[:, :-1], (1, 0)) if modality.contiguous else mask.cumsum(1) > 1
     torch_compilable_check(
-        ~(mask & (number_in_item > 0) & ~continues).any(),
+        ~(mask & ~begins & ~continues).any(),
         lambda: (
-            f"Each {modality.item}'s {tokens_per_item} `{modality.token}` placeholders must be in one prompt"
+            f"Each {modality.item}'s {shown_lengths(lengths)} `{modality.token}` placeholders must be in one prompt"
             f"{' and contiguous' if modality.contiguous else ''}, but the prompts have {mask.sum(-1).tolist()}. "
             f"{EXPANDED_BY_PROCESSOR}"
         ),

@@ -13,6 +13,9 @@ and depends on all earlier ones:
 
     pixel_values_videos [V, T, 3, H, W] -> latents [V, 1 + k, z, h, w] -> world tokens [V, (1 + k) N, D]
 
+Items of several sizes come padded, with `image_sizes` [B, 2] or `video_sizes` [V, 3]. Their padding is cut off before
+the encoder, and their latents and world tokens are lists of one tensor for each item.
+
 With `vision_config`, images also pass through Gemma 3's SigLIP tower, M tokens per image or crop:
 
     vision_pixel_values [C, 3, s, s] -> SigLIP -> Gemma's projector -> [C, M, D], at `<image_soft_token>` placeholders
@@ -52,7 +55,10 @@ from .modalities_theworld import (
     check_modality_inputs,
     check_placeholders_contiguous,
     create_block_masks,
+    lengths_of,
+    shown_lengths,
 )
+from .sizes_theworld import map_by_shape, unpad
 from .validation_theworld import check_floating, check_labels, check_latents, check_prompts
 from .versions_theworld import CACHE_NAME, accepts_past_key_values, takes_cache
 
@@ -84,18 +90,21 @@ def check_served(config: TheWorldConfig) -> None:
 
 @dataclass
 class TheWorldModelOutputWithPast(BaseModelOutputWithPast):
-    """`BaseModelOutputWithPast` with the world tokens of images [B, N, D] and of videos [V, (1 + k) N, D]."""
+    """
+    `BaseModelOutputWithPast` with the world tokens of images [B, N, D] and of videos [V, (1 + k) N, D]; with sizes, a
+    list of one tensor [N_i, D] for each.
+    """
 
-    image_hidden_states: torch.Tensor | None = None
-    video_hidden_states: torch.Tensor | None = None
+    image_hidden_states: torch.Tensor | list[torch.Tensor] | None = None
+    video_hidden_states: torch.Tensor | list[torch.Tensor] | None = None
 
 
 @dataclass
 class TheWorldCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """`CausalLMOutputWithPast` with the world tokens of images [B, N, D] and of videos [V, (1 + k) N, D]."""
+    """`CausalLMOutputWithPast` with world tokens, as [`TheWorldModelOutputWithPast`] has them."""
 
-    image_hidden_states: torch.Tensor | None = None
-    video_hidden_states: torch.Tensor | None = None
+    image_hidden_states: torch.Tensor | list[torch.Tensor] | None = None
+    video_hidden_states: torch.Tensor | list[torch.Tensor] | None = None
 
 
 class TheWorldProjector(nn.Module):
@@ -307,7 +316,9 @@ class TheWorldModel(TheWorldPreTrainedModel):
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
-    def get_world_latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def get_world_latents(
+        self, pixel_values: torch.Tensor, sizes: torch.Tensor | None = None
+    ) -> torch.Tensor | list[torch.Tensor]:
         """
         Encodes images or videos to the latents that the projection reads.
 
@@ -316,15 +327,22 @@ class TheWorldModel(TheWorldPreTrainedModel):
         Args:
             pixel_values: Images [B, 3, H, W] or videos [V, T, 3, H, W], floating point, in [-1, 1], H and W multiples
                 of 8, T = 1 + 4k.
+            sizes: If they are padded: `image_sizes` [B, 2] or `video_sizes` [V, 3], as TheWorldProcessor returns them.
+                Padding is cut off before the encoder, and items of one size are encoded together.
 
         Returns:
             Latents [B, z, H / 8, W / 8] or [V, 1 + k, z, H / 8, W / 8] in the encoder's dtype; normalized if
-            `config.normalize_latents`.
+            `config.normalize_latents`. With `sizes`, a list of the latents of each item.
 
         Raises:
-            TypeError, ValueError: As [`TheWorldEncoder.forward`].
+            TypeError, ValueError: As [`TheWorldEncoder.forward`]; and a ValueError if `sizes` do not fit.
         """
-        latents = self.world_encoder(pixel_values)
+        if sizes is not None:
+            return [self._normalize(each) for each in self.world_encoder(self._unpad(pixel_values, sizes))]
+        return self._normalize(self.world_encoder(pixel_values))
+
+    def _normalize(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents [.., z, h, w] as the projection reads them: normalized if `config.normalize_latents`."""
         if self.config.normalize_latents:
             # Read from the config at each call: `from_pretrained` leaves buffers that are not in the checkpoint
             # uninitialized (transformers#48892).
@@ -333,25 +351,47 @@ class TheWorldModel(TheWorldPreTrainedModel):
             latents = (latents - mean) / std
         return latents
 
+    def _unpad(
+        self, padded: torch.Tensor | list[torch.Tensor], sizes: torch.Tensor, latents: bool = False
+    ) -> list[torch.Tensor]:
+        """The images or videos, or their `latents`, that were padded; `sizes` are in pixels."""
+        items = list(padded)
+        ndim = getattr(items[0], "ndim", None) if items else None
+        if ndim not in (3, 4):  # for the encoder or the projection to refuse
+            return items
+        world = self.config.world_config
+        side = world.spatial_compression_ratio if latents else 1
+        if ndim == 3:
+            return unpad(padded, sizes, "image_sizes", (side, side))
+        return unpad(padded, sizes, "video_sizes", (world.temporal_compression_ratio if latents else 1, side, side))
+
     def get_image_features(
-        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+        self,
+        pixel_values: torch.Tensor,
+        image_sizes: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
         """
         Encodes and projects images.
 
         Args:
             pixel_values: [B, 3, H, W], floating point, in [-1, 1], H and W multiples of `config.patch_size`.
+            image_sizes: [B, 2], the height and width of each image in pixels, if they are padded.
 
         Returns:
-            `last_hidden_state`: the latents [B, z, h, w]. `pooler_output`: the world tokens [B, N, D].
+            `last_hidden_state`: the latents [B, z, h, w]. `pooler_output`: the world tokens [B, N, D]. With
+            `image_sizes`, lists of one [z, h, w] and one [N_i, D] for each image.
 
         Raises:
-            TypeError, ValueError: As [`TheWorldEncoder.forward`] and [`TheWorldProjector.forward`].
+            TypeError, ValueError: As `get_world_latents` and [`TheWorldProjector.forward`].
         """
-        return self.get_latent_features(self.get_world_latents(pixel_values), **kwargs)
+        return self.get_latent_features(self.get_world_latents(pixel_values, image_sizes), **kwargs)
 
     def get_video_features(
-        self, pixel_values_videos: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+        self,
+        pixel_values_videos: torch.Tensor,
+        video_sizes: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
         """
         Encodes and projects videos.
@@ -359,33 +399,47 @@ class TheWorldModel(TheWorldPreTrainedModel):
         Args:
             pixel_values_videos: [V, T, 3, H, W], floating point, in [-1, 1], T = 1 + 4k, H and W multiples of
                 `config.patch_size`.
+            video_sizes: [V, 3], the frames, height and width of each video in pixels, if they are padded.
 
         Returns:
             `last_hidden_state`: the latents [V, 1 + k, z, h, w]. `pooler_output`: the world tokens [V, (1 + k) N, D],
-            latent frame by latent frame.
+            latent frame by latent frame. With `video_sizes`, lists of one tensor for each video.
 
         Raises:
-            TypeError, ValueError: As [`TheWorldEncoder.forward`] and [`TheWorldProjector.forward`].
+            TypeError, ValueError: As `get_world_latents` and [`TheWorldProjector.forward`].
         """
-        return self.get_latent_features(self.get_world_latents(pixel_values_videos), **kwargs)
+        return self.get_latent_features(self.get_world_latents(pixel_values_videos, video_sizes), **kwargs)
 
     @can_return_tuple
     def get_latent_features(
-        self, world_latents: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+        self,
+        world_latents: torch.Tensor | list[torch.Tensor],
+        sizes: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
         """
         As `get_image_features` or `get_video_features`, from latents that `get_world_latents` returned.
+
+        Args:
+            world_latents: [B, z, h, w] or [V, 1 + k, z, h, w]; or a list of the latents of each image or video.
+            sizes: If they are padded: `image_sizes` [B, 2] or `video_sizes` [V, 3], in pixels.
 
         Raises:
             TypeError: If the latents are not floating point.
             ValueError: If they are not finite, or their shape is wrong; see [`TheWorldProjector.forward`].
         """
         check_latents(world_latents)
+        if sizes is not None:
+            world_latents = self._unpad(world_latents, sizes, latents=True)
+        several = isinstance(world_latents, list | tuple)
+        tokens = map_by_shape(self._project, world_latents) if several else self._project(world_latents)
+        return BaseModelOutputWithPooling(last_hidden_state=world_latents, pooler_output=tokens)
+
+    def _project(self, world_latents: torch.Tensor) -> torch.Tensor:
+        """World tokens [items, N, D] of images or videos of one size."""
         frames = world_latents.flatten(0, 1) if world_latents.ndim == 5 else world_latents  # of all videos
         tokens = self.world_projection(frames)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=world_latents, pooler_output=tokens.reshape(len(world_latents), -1, tokens.shape[-1])
-        )
+        return tokens.reshape(len(world_latents), -1, tokens.shape[-1])
 
     @can_return_tuple
     def get_vision_features(
@@ -435,16 +489,18 @@ class TheWorldModel(TheWorldPreTrainedModel):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         *,
         pixel_values: torch.Tensor | None = None,
-        world_latents: torch.Tensor | None = None,
+        world_latents: torch.Tensor | list[torch.Tensor] | None = None,
         vision_pixel_values: torch.Tensor | None = None,
         pixel_values_videos: torch.Tensor | None = None,
-        world_latents_videos: torch.Tensor | None = None,
-    ) -> dict[str, torch.Tensor]:
+        world_latents_videos: torch.Tensor | list[torch.Tensor] | None = None,
+        image_sizes: torch.Tensor | None = None,
+        video_sizes: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor | list[torch.Tensor]]:
         """
         Encodes the modalities that are given; see [`TheWorldForConditionalGeneration.forward`] for the arguments.
 
         Returns:
-            Their tokens [items, N, D], by the modality's name.
+            Their tokens [items, N, D], or a list of one [N_i, D] for each item, by the modality's name.
 
         Raises:
             ValueError: If a modality is given in more than one form, or this model has no placeholder for it.
@@ -460,17 +516,19 @@ class TheWorldModel(TheWorldPreTrainedModel):
             vision_pixel_values=vision_pixel_values,
             pixel_values_videos=pixel_values_videos,
             world_latents_videos=world_latents_videos,
+            image_sizes=image_sizes,
+            video_sizes=video_sizes,
         )
         if pixel_values is not None:
-            encoded["image"] = self.get_image_features(pixel_values, return_dict=True)
+            encoded["image"] = self.get_image_features(pixel_values, image_sizes, return_dict=True)
         if world_latents is not None:
-            encoded["image"] = self.get_latent_features(world_latents, return_dict=True)
+            encoded["image"] = self.get_latent_features(world_latents, image_sizes, return_dict=True)
         if vision_pixel_values is not None:
             encoded["vision"] = self.get_vision_features(vision_pixel_values, return_dict=True)
         if pixel_values_videos is not None:
-            encoded["video"] = self.get_video_features(pixel_values_videos, return_dict=True)
+            encoded["video"] = self.get_video_features(pixel_values_videos, video_sizes, return_dict=True)
         if world_latents_videos is not None:
-            encoded["video"] = self.get_latent_features(world_latents_videos, return_dict=True)
+            encoded["video"] = self.get_latent_features(world_latents_videos, video_sizes, return_dict=True)
         self._check_placeholders_exist(encoded)
         return {name: output.pooler_output for name, output in encoded.items()}
 
@@ -501,7 +559,7 @@ class TheWorldModel(TheWorldPreTrainedModel):
         self,
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None,
-        features: torch.Tensor,
+        features: torch.Tensor | list[torch.Tensor],
         modality: Modality,
     ) -> torch.Tensor:
         """
@@ -510,7 +568,7 @@ class TheWorldModel(TheWorldPreTrainedModel):
         Args:
             input_ids: [batch, S], or None to compare `inputs_embeds` with the placeholder's embedding.
             inputs_embeds: [batch, S, D]; needed only without `input_ids`.
-            features: The modality's tokens [images or videos, N, D].
+            features: The modality's tokens [images or videos, N, D], or a list of one [N_i, D] for each.
 
         Returns:
             Boolean mask [batch, S, 1].
@@ -519,12 +577,12 @@ class TheWorldModel(TheWorldPreTrainedModel):
             ValueError: If the numbers differ.
         """
         mask = self.find_placeholders(input_ids, inputs_embeds, modality)
-        num_items, num_tokens = features.shape[:2]
+        lengths = lengths_of(features)
         torch_compilable_check(
-            mask.sum() == num_items * num_tokens,
+            mask.sum() == sum(lengths),
             lambda: (
-                f"{num_items} {modality.item}(s) of {num_tokens} {modality.kind} tokens need {num_items * num_tokens} "
-                f"`{modality.token}` placeholders, but the prompts have {mask.sum(-1).tolist()}. "
+                f"{len(lengths)} {modality.item}(s) of {shown_lengths(lengths)} {modality.kind} tokens need "
+                f"{sum(lengths)} `{modality.token}` placeholders, but the prompts have {mask.sum(-1).tolist()}. "
                 f"{EXPANDED_BY_PROCESSOR}"
             ),
         )
@@ -534,7 +592,7 @@ class TheWorldModel(TheWorldPreTrainedModel):
         self,
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor,
-        tokens: dict[str, torch.Tensor],
+        tokens: dict[str, torch.Tensor | list[torch.Tensor]],
         whole: bool,
     ) -> torch.Tensor:
         """
@@ -546,11 +604,12 @@ class TheWorldModel(TheWorldPreTrainedModel):
         """
         for modality in self.modalities:
             if modality.name in tokens:
-                features = tokens[modality.name].to(inputs_embeds.device, inputs_embeds.dtype)
+                features = tokens[modality.name]
                 mask = self.get_placeholder_mask(input_ids, inputs_embeds, features, modality)
                 if whole:
-                    check_placeholders_contiguous(mask[..., 0], features.shape[1], modality)
-                inputs_embeds = inputs_embeds.masked_scatter(mask, features)
+                    check_placeholders_contiguous(mask[..., 0], lengths_of(features), modality)
+                flat = features if isinstance(features, torch.Tensor) else torch.cat(list(features))
+                inputs_embeds = inputs_embeds.masked_scatter(mask, flat.to(inputs_embeds.device, inputs_embeds.dtype))
             elif input_ids is not None and input_ids.shape[1] > 1:  # a prompt, not a decoding step
                 torch_compilable_check(
                     ~self.find_placeholders(input_ids, inputs_embeds, modality).any(),
@@ -581,7 +640,9 @@ class TheWorldModel(TheWorldPreTrainedModel):
             return False
         return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
-    def add_absent_modalities(self, inputs_embeds: torch.Tensor, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
+    def add_absent_modalities(
+        self, inputs_embeds: torch.Tensor, tokens: dict[str, torch.Tensor | list[torch.Tensor]]
+    ) -> torch.Tensor:
         """
         Adds the modules of absent modalities to the graph of `inputs_embeds`; the values stay the same.
 
@@ -617,12 +678,14 @@ class TheWorldModel(TheWorldPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        world_latents: torch.Tensor | None = None,
+        world_latents: torch.Tensor | list[torch.Tensor] | None = None,
         pixel_values_videos: torch.Tensor | None = None,
-        world_latents_videos: torch.Tensor | None = None,
+        world_latents_videos: torch.Tensor | list[torch.Tensor] | None = None,
         vision_pixel_values: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        image_sizes: torch.Tensor | None = None,
+        video_sizes: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | TheWorldModelOutputWithPast:
         """
@@ -643,6 +706,8 @@ class TheWorldModel(TheWorldPreTrainedModel):
             vision_pixel_values=vision_pixel_values,
             pixel_values_videos=pixel_values_videos,
             world_latents_videos=world_latents_videos,
+            image_sizes=image_sizes,
+            video_sizes=video_sizes,
         )
         if tokens and token_type_ids is None and self.config.has_bidirectional_blocks:
             token_type_ids = self.get_token_types(input_ids, inputs_embeds)
@@ -704,21 +769,29 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, TheWorldGenerati
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def get_world_latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def get_world_latents(
+        self, pixel_values: torch.Tensor, sizes: torch.Tensor | None = None
+    ) -> torch.Tensor | list[torch.Tensor]:
         """As [`TheWorldModel.get_world_latents`]."""
-        return self.model.get_world_latents(pixel_values)
+        return self.model.get_world_latents(pixel_values, sizes)
 
     def get_image_features(
-        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+        self,
+        pixel_values: torch.Tensor,
+        image_sizes: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
         """As [`TheWorldModel.get_image_features`]."""
-        return self.model.get_image_features(pixel_values, **kwargs)
+        return self.model.get_image_features(pixel_values, image_sizes, **kwargs)
 
     def get_video_features(
-        self, pixel_values_videos: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+        self,
+        pixel_values_videos: torch.Tensor,
+        video_sizes: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
         """As [`TheWorldModel.get_video_features`]."""
-        return self.model.get_video_features(pixel_values_videos, **kwargs)
+        return self.model.get_video_features(pixel_values_videos, video_sizes, **kwargs)
 
     def get_vision_features(
         self, vision_pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
@@ -738,12 +811,14 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, TheWorldGenerati
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        world_latents: torch.Tensor | None = None,
+        world_latents: torch.Tensor | list[torch.Tensor] | None = None,
         pixel_values_videos: torch.Tensor | None = None,
-        world_latents_videos: torch.Tensor | None = None,
+        world_latents_videos: torch.Tensor | list[torch.Tensor] | None = None,
         vision_pixel_values: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        image_sizes: torch.Tensor | None = None,
+        video_sizes: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | TheWorldCausalLMOutputWithPast:
         """
@@ -758,10 +833,12 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, TheWorldGenerati
             inputs_embeds: [batch, S, D], instead of `input_ids`.
             labels: [batch, S] token ids, -100 where the loss ignores a token; shifted inside.
             logits_to_keep: How many of the last positions, or which positions, get logits; 0 for all.
-            world_latents: [B, z, h, w] as `get_world_latents` returns them, instead of `pixel_values`.
+            world_latents: [B, z, h, w], or a list of [z, h, w], as `get_world_latents` returns them, instead of
+                `pixel_values`.
             pixel_values_videos: [V, T, 3, H, W], as `pixel_values` but videos of T = 1 + 4k frames, for
                 `<world_video>` placeholders.
-            world_latents_videos: [V, 1 + k, z, h, w], instead of `pixel_values_videos`.
+            world_latents_videos: [V, 1 + k, z, h, w], or a list of [1 + k, z, h, w], instead of
+                `pixel_values_videos`.
             vision_pixel_values: [C, 3, s, s], floating point, with s the size of `config.vision_config`; the images of
                 all prompts and their crops, in their order.
             token_type_ids: [batch, S], 1 at the placeholders of Gemma's own image tokens, 2 at those of world tokens:
@@ -769,6 +846,9 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, TheWorldGenerati
             mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`, as `generate` does,
                 `"video": get_video_features(...)` instead of `pixel_values_videos`, and `"vision":
                 get_vision_features(...)` instead of `vision_pixel_values`.
+            image_sizes: [B, 2], the height and width of each image in pixels, if `pixel_values` or `world_latents` are
+                padded at the end of their axes. Padding is cut off and never encoded.
+            video_sizes: [V, 3], the frames, height and width of each video, if they are padded.
 
         Returns:
             `loss` if there are labels, `logits` [batch, S, vocabulary], and Gemma's other outputs.
@@ -792,6 +872,8 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, TheWorldGenerati
             vision_pixel_values=vision_pixel_values,
             token_type_ids=token_type_ids,
             mm_encoder_outputs=mm_encoder_outputs,
+            image_sizes=image_sizes,
+            video_sizes=video_sizes,
             return_dict=True,
             **kwargs,
         )

@@ -9,7 +9,7 @@ from .versions_theworld import TESTED  # noqa: F401 # isort: skip
 
 import copy
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from transformers.video_utils import VideoInput, VideoMetadataType
 from .images_theworld import read_images
 from .modalities_theworld import VISION_TYPE, WORLD_TYPE
 from .padding_theworld import without_shared_settings
+from .sizes_theworld import fit_size, pad_together, read_pixel_limits
 from .validation_theworld import check_conversation, check_text
 from .videos_theworld import (
     Clip,
@@ -63,6 +64,7 @@ class TheWorldVideosKwargs(ImagesKwargs, total=False):
     fps: float | int | None
     num_frames: int | None
     max_frames: int | None
+    max_video_pixels: int | None
     do_sample_frames: bool | None
     video_metadata: VideoMetadataType | None
     world: bool
@@ -107,10 +109,11 @@ def list_latents(world_latents: torch.Tensor | list) -> list:
     entries = [list(entry) if is_list(entry) else entry for entry in world_latents]
     flat = [each for entry in entries for each in (entry if isinstance(entry, list) else [entry])]
     found = {str(list(each.shape)) if isinstance(each, torch.Tensor) else type(each).__name__ for each in flat}
-    if len(found) > 1 or not all(isinstance(each, torch.Tensor) and each.ndim == 3 for each in flat):
+    channels = {each.shape[0] if isinstance(each, torch.Tensor) and each.ndim == 3 else None for each in flat}
+    if len(channels) > 1 or None in channels:
         raise ValueError(
-            f"`world_latents` must be tensors [z, h, w], one for each image, all of the same size, got "
-            f"{', '.join(sorted(found))}. `get_world_latents` returns them for a batch of images."
+            f"`world_latents` must be tensors [z, h, w], one for each image, got {', '.join(sorted(found))}. "
+            "`get_world_latents` returns them for a batch of images."
         )
     return entries
 
@@ -121,7 +124,10 @@ def check_areas(images: list[Image.Image], **options) -> None:
         if options.get(name) is None or Image.MAX_IMAGE_PIXELS is None:
             continue
         sides = get_size_dict(options[name], default_to_square=False, param_name=name)
-        if "height" in sides:
+        limits = read_pixel_limits(sides) if name == "size" else None
+        if limits is not None:
+            area = limits[1]
+        elif "height" in sides:
             area = sides["height"] * sides["width"]
         else:  # the other side follows from the image's aspect ratio
             area = max(sides.values()) ** 2 * max(max(image.size) / min(image.size) for image in images)
@@ -155,8 +161,10 @@ class TheWorldProcessor(ProcessorMixin):
     An image processor and a Gemma tokenizer with TheWorld's tokens.
 
     Args:
-        image_processor: Resizes and scales images, and the frames of videos, to [-1, 1]. The PIL backend is always
-            used, so that an image gives the same numbers with and without torchvision.
+        image_processor: Resizes and scales images, and the frames of videos, to [-1, 1]. Its `size` is a height and a
+            width, which all images get; or `{"shortest_edge": a, "longest_edge": b}`, the least and the most pixels of
+            an image (areas, as in Qwen's processors), which keeps the shape of each. The PIL backend is always used,
+            so that an image gives the same numbers with and without torchvision.
         tokenizer: Gemma's, with `<world>`, `<start_of_world>` and `<end_of_world>`; and `<world_video>`, if the model
             reads videos.
         chat_template: Jinja template for conversations.
@@ -170,12 +178,15 @@ class TheWorldProcessor(ProcessorMixin):
         fps: Frames per second at which videos are sampled.
         max_frames: The most frames that are read from a video. If it has more at `fps`, this many are sampled evenly,
             from its first frame to its last.
+        max_video_pixels: The most pixels of a video, frames x height x width, if `size` keeps the shape of images. A
+            longer video has smaller frames. The default is 8 frames of 512 x 512 pixels.
         vision_settings: Settings of Gemma 3's image processor, for a model with `TheWorldConfig.vision_config`.
         vision_seq_length: Gemma's own tokens per image or crop; `TheWorldConfig.mm_tokens_per_image`.
         world_first: Whether an image's world tokens come before Gemma's own; `TheWorldConfig.world_first`.
 
     Raises:
-        ValueError: If the tokenizer lacks one of the first three tokens, or, with `vision_settings`, one of Gemma 3's.
+        ValueError: If the tokenizer lacks one of the first three tokens, or, with `vision_settings`, one of Gemma 3's;
+            or if `image_seq_length` is set and the image processor's `size` is not a height and a width.
     """
 
     valid_processor_kwargs = TheWorldProcessorKwargs  # type: ignore[assignment] # a subclass, but of a TypedDict
@@ -196,6 +207,7 @@ class TheWorldProcessor(ProcessorMixin):
         temporal_compression_ratio: int = 4,
         fps: float = 8,
         max_frames: int = 321,
+        max_video_pixels: int = 8 * 512 * 512,
         vision_settings: dict | None = None,
         vision_seq_length: int = 256,
         world_first: bool = True,
@@ -218,12 +230,14 @@ class TheWorldProcessor(ProcessorMixin):
         self.temporal_compression_ratio = temporal_compression_ratio
         self.fps = fps
         self.max_frames = max_frames
+        self.max_video_pixels = max_video_pixels
         self.vision_settings = vision_settings
         self.vision_seq_length = vision_seq_length
         self.world_first = world_first
         self.image_token_id = vocabulary[self.image_token]
         self.video_token_id = vocabulary.get(self.video_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self._pixel_limits()  # checks the settings
         # Frames are processed as images, because transformers' video processors need torchvision.
         self.video_processor = self.image_processor
 
@@ -276,7 +290,8 @@ class TheWorldProcessor(ProcessorMixin):
             world_latents: Instead of `images`: latents of images as the model's `get_world_latents` returns them,
                 [B, z, h, w]; or a list of [z, h, w], or a list of those for each prompt.
             kwargs: Options of the tokenizer, the image processors and videos. Videos have `fps`, or `num_frames` to
-                sample so many evenly; `max_frames`; `do_sample_frames=False` to read all frames; and `video_metadata`,
+                sample so many evenly; `max_frames`; `max_video_pixels`; `do_sample_frames=False` to read all frames;
+                and `video_metadata`,
                 whose `fps` and `frames_indices` give the times of the frames of lists and arrays, as returned by
                 `transformers.video_utils.load_video`; without it they are assumed to be at the requested rate. `size`
                 applies to images and frames that become world tokens; `do_pan_and_scan` and related options apply to
@@ -285,14 +300,17 @@ class TheWorldProcessor(ProcessorMixin):
 
         Returns:
             `input_ids`, `attention_mask`, and `pixel_values` or `world_latents`; `pixel_values_videos`
-            [V, T, 3, H, W]; with vision, `vision_pixel_values` and `token_type_ids` as well.
+            [V, T, 3, H, W]; with vision, `vision_pixel_values` and `token_type_ids` as well. If `size` keeps the shape
+            of images, or the items differ in size, they are padded with zeros at the end of each axis, and
+            `image_sizes` [B, 2] (h, w) or `video_sizes` [V, 3] (T, h, w), in pixels, come with them.
 
         Raises:
             ImportError: If a video needs PyAV, which is not installed.
             TypeError: If `text` is not a string or list of strings, or an item is not an image or a video.
             ValueError: If the numbers of images and `<world>`, or of videos and `<world_video>`, differ; if images are
-                given in two forms, or one cannot be read; if the videos of one call differ in length or size, or one
-                has more tokens than the tokenizer's `model_max_length`; or if latents are given to Gemma's tower.
+                given in two forms, or one cannot be read, or is too narrow for the pixels that `size` allows; if the
+                frames of a video differ in size, or it has more tokens than the tokenizer's `model_max_length`; or if
+                latents are given to Gemma's tower.
         """
         check_text(text)
         if world_latents is not None:
@@ -382,7 +400,9 @@ class TheWorldProcessor(ProcessorMixin):
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """The text that replaces an image's `<world>`: its placeholders between the start and end tokens."""
-        if "pixel_values" in image_inputs:
+        if "image_sizes" in image_inputs:
+            height, width = image_inputs["image_sizes"][image_idx].tolist()
+        elif "pixel_values" in image_inputs:
             height, width = image_inputs["pixel_values"][image_idx].shape[-2:]
         else:
             height, width = (self.compression_ratio * side for side in image_inputs["world_latents"].shape[-2:])
@@ -412,17 +432,54 @@ class TheWorldProcessor(ProcessorMixin):
         (inputs, texts), (more_inputs, more_texts) = blocks if self.world_first else reversed(blocks)
         return inputs | more_inputs, [text + more for text, more in zip(texts, more_texts, strict=True)]
 
-    def _process_pixels(self, images: list, **kwargs) -> tuple[dict, list[str]]:
-        """`pixel_values`, and the text that replaces each image's `<world>`."""
+    def _resizes(self, do_resize: bool | None = None, **_) -> bool:
+        return self.image_processor.do_resize if do_resize is None else do_resize
+
+    def _pixel_limits(self, size: Any = None, **kwargs) -> tuple[int, int] | None:
+        """The least and the most pixels of an image, if resizing keeps its shape; None if it does not."""
+        if not self._resizes(**kwargs):
+            return None
+        limits = read_pixel_limits(self.image_processor.size if size is None else size)
+        if limits is not None and self.image_seq_length is not None:
+            raise ValueError(
+                "With `token_layout='channel'` this model reads images of one size, but `size` gives the least and "
+                f"the most pixels of an image, {limits[0]:,} and {limits[1]:,}. Give a height and a width."
+            )
+        return limits
+
+    def _process_pixels(self, images: list[Image.Image], **kwargs) -> tuple[dict, list[str]]:
+        """`pixel_values`, with `image_sizes` if they are padded, and the text that replaces each image's `<world>`."""
         check_areas(images, **kwargs)
-        inputs, texts = super()._process_images(images, **kwargs)
+        limits = self._pixel_limits(**kwargs)
+        if limits is None and (self._resizes(**kwargs) or len({image.size for image in images}) == 1):
+            inputs, texts = super()._process_images(images, **kwargs)
+        else:
+            pixels = [self._process_picture(image, limits, **kwargs) for image in images]
+            inputs, texts = self._pad_images("pixel_values", pixels, limits is not None)
         if any(name in kwargs for name in SCALES):  # the defaults give the right range
             check_range(inputs["pixel_values"])
         return dict(inputs), texts
 
+    def _process_picture(self, image: Image.Image, limits: tuple[int, int] | None, **kwargs) -> torch.Tensor:
+        """The pixels [3, h, w] of an image or frame, resized within `limits`, or without them as the options say."""
+        if limits is not None:
+            height, width = fit_size(image.height, image.width, self.patch_size, *limits)
+            kwargs["size"] = {"height": height, "width": width}
+        return self.image_processor(image, **{**kwargs, "return_tensors": "pt"})["pixel_values"][0]
+
     def _process_latents(self, images: list[torch.Tensor], **kwargs) -> tuple[dict, list[str]]:
-        """`world_latents`, and the text that replaces each image's `<world>`."""
-        inputs = {"world_latents": torch.stack(images)}
+        """As `_process_pixels`, with `world_latents` in place of `pixel_values`."""
+        keeps_shape = self._pixel_limits(**kwargs) is not None
+        return self._pad_images("world_latents", images, keeps_shape, self.compression_ratio)
+
+    def _pad_images(
+        self, name: str, images: list[torch.Tensor], with_sizes: bool, pixels: int = 1
+    ) -> tuple[dict, list[str]]:
+        """`images` [C, h, w] as the input `name`, padded; an entry is a square whose side is `pixels`."""
+        padded, sizes = pad_together(images)
+        inputs = {name: padded}
+        if with_sizes or len({image.shape for image in images}) > 1:
+            inputs["image_sizes"] = sizes * pixels
         return inputs, [self.replace_image_token(inputs, number) for number in range(len(images))]
 
     def _process_vision(self, images: list, encoded: bool, **kwargs) -> tuple[dict, list[str]]:
@@ -445,12 +502,13 @@ class TheWorldProcessor(ProcessorMixin):
         fps: float | None = None,
         num_frames: int | None = None,
         max_frames: int | None = None,
+        max_video_pixels: int | None = None,
         do_sample_frames: bool | None = None,
         video_metadata: VideoMetadataType | None = None,
         world: bool = True,
         **kwargs,
     ) -> tuple[dict, list[str]]:
-        """`pixel_values_videos`, and the text that stands for each video: times, and world tokens' places."""
+        """`pixel_values_videos`, `video_sizes` if they are padded, and the text that replaces each video's token."""
         videos = flatten_videos(videos)
         if not videos:
             return {}, []
@@ -472,41 +530,61 @@ class TheWorldProcessor(ProcessorMixin):
         ]
         ratio = self.temporal_compression_ratio
         times = [pad_frames(sampling.times(clip), ratio) for clip in clips]
-        lengths = [len(of_clip) for of_clip in times]
-        if len(set(lengths)) > 1:
-            raise ValueError(
-                f"The videos of one call must have as many frames, and the same size, but they have {lengths} frames. "
-                "Give them one by one, cut them to one length, or read `num_frames` of each."
-            )
-        pixel_values = self._read_clips(clips, times, **kwargs)
-        places = self._placeholders(self.video_token, *pixel_values.shape[-2:])
-        texts = ["".join(time_stamp(time) + places for time in of_clip[::ratio]) for of_clip in times]
-        return {"pixel_values_videos": pixel_values}, texts
+        limits = self._pixel_limits(**kwargs)
+        pixels = [
+            self._read_clip(clip, of_clip, self._frame_limits(len(of_clip), limits, max_video_pixels), **kwargs)
+            for clip, of_clip in zip(clips, times, strict=True)
+        ]
+        places = [self._placeholders(self.video_token, *video.shape[-2:]) for video in pixels]
+        texts = [
+            "".join(time_stamp(time) + of_frame for time in of_clip[::ratio])
+            for of_clip, of_frame in zip(times, places, strict=True)
+        ]
+        with_sizes = limits is not None or len({video.shape for video in pixels}) > 1
+        padded, sizes = pad_together(pixels)
+        return {"pixel_values_videos": padded} | ({"video_sizes": sizes} if with_sizes else {}), texts
 
-    def _read_clips(self, clips: list[Clip], times: list[torch.Tensor], **kwargs) -> torch.Tensor:
-        """The pixels of videos at `times`, [V, T, 3, H, W]; of their frames, one at a time is held at full size."""
-        kwargs["return_tensors"] = "pt"
-        pixel_values = None
-        for number, (clip, of_clip) in enumerate(zip(clips, times, strict=True)):
-            start = 0
-            for frame, count in clip.frames_at(of_clip):
-                pixels = self.image_processor(frame, **kwargs)["pixel_values"][0]
-                if pixel_values is None:
-                    self._check_length(len(of_clip), *pixels.shape[-2:])
-                    pixel_values = pixels.new_empty(len(clips), len(of_clip), *pixels.shape)
-                if pixels.shape != pixel_values.shape[2:]:
-                    raise ValueError(
-                        "The videos of one call must have as many frames, and the same size, but their frames have "
-                        f"{list(pixel_values.shape[-2:])} and {list(pixels.shape[-2:])} pixels. Give a `size`."
-                    )
-                pixel_values[number, start : start + count] = pixels
-                start += count
-        return pixel_values  # type: ignore[return-value]  # a call has a video, and a video a frame
+    def _frame_limits(
+        self, num_frames: int, limits: tuple[int, int] | None, max_video_pixels: int | None
+    ) -> tuple[int, int] | None:
+        """The least and the most pixels of a frame: `limits`, and all frames together within `max_video_pixels`."""
+        if limits is None:
+            if max_video_pixels is not None:
+                raise ValueError(
+                    "`max_video_pixels` needs `size={'shortest_edge': ..., 'longest_edge': ...}`, the least and the "
+                    "most pixels of a frame. Give that, or leave `max_video_pixels` out."
+                )
+            return None
+        share = (self.max_video_pixels if max_video_pixels is None else max_video_pixels) // num_frames
+        if share < self.patch_size**2:
+            raise ValueError(
+                f"`max_video_pixels` must leave each frame {self.patch_size**2} pixels or more, but {num_frames} "
+                f"frames get {share} each. Raise it, or read fewer frames by `max_frames`, `num_frames` or `fps`."
+            )
+        most = min(limits[1], share)
+        return min(limits[0], most), most
+
+    def _read_clip(self, clip: Clip, times: torch.Tensor, limits: tuple[int, int] | None, **kwargs) -> torch.Tensor:
+        """The pixels of a video at `times`, [T, 3, h, w]; of its frames, one at a time is held at full size."""
+        video, start = None, 0
+        for frame, count in clip.frames_at(times):
+            pixels = self._process_picture(frame, limits, **kwargs)
+            if video is None:
+                self._check_length(len(times), *pixels.shape[-2:])
+                video = pixels.new_empty(len(times), *pixels.shape)
+            if pixels.shape != video.shape[1:]:
+                raise ValueError(
+                    "The frames of a video must have one size, but it has frames of "
+                    f"{list(video.shape[-2:])} and {list(pixels.shape[-2:])} pixels. Give a `size` with height and "
+                    "width."
+                )
+            video[start : start + count] = pixels
+            start += count
+        return video  # type: ignore[return-value]  # a video has a frame
 
     def _check_length(self, num_frames: int, height: int, width: int) -> None:
         """Raises if a video alone has more tokens than the tokenizer admits, where it says how many those are."""
-        latent_frames = (num_frames - 1) // self.temporal_compression_ratio + 1
-        tokens, limit = latent_frames * self._num_world_tokens(height, width), self.tokenizer.model_max_length
+        tokens, limit = self._num_world_tokens(num_frames, height, width), self.tokenizer.model_max_length
         if tokens > limit:
             raise ValueError(
                 f"A video of {num_frames} frames has {tokens} world tokens, but the tokenizer's `model_max_length` is "
@@ -515,10 +593,11 @@ class TheWorldProcessor(ProcessorMixin):
 
     def _placeholders(self, token: str, height: int, width: int) -> str:
         """One `token` per world token of `height` x `width` pixels, between the start and end tokens."""
-        return self.start_of_world_token + token * self._num_world_tokens(height, width) + self.end_of_world_token
+        return self.start_of_world_token + token * self._num_world_tokens(1, height, width) + self.end_of_world_token
 
-    def _num_world_tokens(self, height: int, width: int) -> int:
-        """The number of world tokens of an image of `height` x `width` pixels, after resizing."""
+    def _num_world_tokens(self, num_frames: int, height: int, width: int) -> int:
+        """The number of world tokens of a video, or of an image (one frame), of this size after resizing."""
+        latent_frames = (num_frames - 1) // self.temporal_compression_ratio + 1
         if self.image_seq_length is not None:
             fixed = (self.image_processor.size["height"], self.image_processor.size["width"])
             if (height, width) != fixed:
@@ -526,34 +605,70 @@ class TheWorldProcessor(ProcessorMixin):
                     f"With `token_layout='channel'` this model reads images of {fixed[0]}x{fixed[1]} pixels, got "
                     f"{height}x{width}. Do not change `size` and `do_resize`."
                 )
-            return self.image_seq_length
+            return latent_frames * self.image_seq_length
         if min(height, width) < self.patch_size or height % self.patch_size or width % self.patch_size:
             raise ValueError(
                 f"Image sides must be positive multiples of {self.patch_size} pixels, got {height}x{width}. Pass "
                 "multiples as `size={'height': ..., 'width': ...}`."
             )
-        return (height // self.patch_size) * (width // self.patch_size)
+        return latent_frames * (height // self.patch_size) * (width // self.patch_size)
 
-    def _get_num_multimodal_tokens(self, image_sizes: list[tuple[int, int]] | None = None, **kwargs) -> MultiModalData:
+    def _get_num_multimodal_tokens(
+        self,
+        image_sizes: Sequence[Sequence[int]] | None = None,
+        video_sizes: Sequence[Sequence[int]] | None = None,
+        **kwargs,
+    ) -> MultiModalData:
         """
-        Counts the `<world>` placeholders of images of the given sizes, for vLLM's memory planning.
+        Counts the placeholders of images and videos of the given sizes, for vLLM's memory planning.
 
         Args:
             image_sizes: (height, width) of each image in pixels, before resizing.
-            kwargs: Options of the image processor, such as `size`.
+            video_sizes: (frames, height, width) of each video. The frames are at the rate at which videos are sampled.
+            kwargs: Options of the processor, such as `size`, `num_frames` and `max_frames`.
 
         Returns:
-            `num_image_tokens` and `num_image_patches`, one entry per image.
+            `num_image_tokens` and `num_image_patches`, one entry per image; `num_video_tokens`, one per video.
         """
-        if image_sizes is None:
-            return MultiModalData()
-        if kwargs.get("do_resize", self.image_processor.do_resize):
-            size = kwargs.get("size") or self.image_processor.size
-            image_sizes = [(size["height"], size["width"])] * len(image_sizes)
-        return MultiModalData(
-            num_image_tokens=[self._num_world_tokens(height, width) for height, width in image_sizes],
-            num_image_patches=[1] * len(image_sizes),
-        )
+        data = MultiModalData()
+        if image_sizes is not None:
+            limits = self._pixel_limits(**kwargs)
+            data.num_image_tokens = [
+                self._num_world_tokens(1, *self._resized(*size, limits, **kwargs)) for size in image_sizes
+            ]
+            data.num_image_patches = [1] * len(image_sizes)
+        if video_sizes is not None:
+            data.num_video_tokens = [self._num_video_tokens(*size, **kwargs) for size in video_sizes]
+        return data
+
+    def _num_video_tokens(
+        self,
+        num_given: int,
+        height: int,
+        width: int,
+        num_frames: int | None = None,
+        max_frames: int | None = None,
+        max_video_pixels: int | None = None,
+        do_sample_frames: bool | None = None,
+        **kwargs,
+    ) -> int:
+        """The number of world tokens of a video of `num_given` frames at the sampling rate, before resizing."""
+        read = num_frames or min(num_given, self.max_frames if max_frames is None else max_frames)
+        read = num_given if do_sample_frames is False else read
+        read += -(read - 1) % self.temporal_compression_ratio
+        limits = self._frame_limits(read, self._pixel_limits(**kwargs), max_video_pixels)
+        return self._num_world_tokens(read, *self._resized(height, width, limits, **kwargs))
+
+    def _resized(
+        self, height: int, width: int, limits: tuple[int, int] | None, size: dict | None = None, **kwargs
+    ) -> tuple[int, int]:
+        """Height and width of an image after resizing."""
+        if not self._resizes(**kwargs):
+            return height, width
+        if limits is not None:
+            return fit_size(height, width, self.patch_size, *limits)
+        size = size or self.image_processor.size
+        return size["height"], size["width"]
 
 
 TheWorldProcessor.register_for_auto_class("AutoProcessor")

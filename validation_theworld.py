@@ -137,16 +137,20 @@ def check_ids_range(ids: torch.Tensor, vocab_size: int, name: str, ignored: int 
     )
 
 
-def check_latents(latents: torch.Tensor) -> None:
+def check_latents(latents: torch.Tensor | list[torch.Tensor]) -> None:
     """
-    Checks latents of any shape.
+    Checks latents of any shape, or a list of them.
 
     Raises:
         TypeError: If they are not a floating-point tensor.
-        ValueError: If some values are NaN or infinite.
+        ValueError: If some values are NaN or infinite, or the list is empty.
     """
-    check_floating(latents, "`world_latents` must be a floating-point tensor", "`get_world_latents` returns one.")
-    torch_compilable_check(
-        latents.isfinite().all(),
-        "`world_latents` must be finite, but some are NaN or infinite. Encode the images again.",
-    )
+    several = isinstance(latents, list | tuple)
+    if several and not latents:
+        raise ValueError("`world_latents` is an empty list. Give the latents of at least one image or video.")
+    for each in latents if several else [latents]:
+        check_floating(each, "`world_latents` must be a floating-point tensor", "`get_world_latents` returns one.")
+        torch_compilable_check(
+            each.isfinite().all(),
+            "`world_latents` must be finite, but some are NaN or infinite. Encode the images again.",
+        )

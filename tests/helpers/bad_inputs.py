@@ -427,12 +427,12 @@ PROMPTS = [
     Row(
         "latents without their channels",
         lambda g: g.count_placeholders("<world>", world_latents=torch.zeros(1, 8, 8)),
-        r"`world_latents` must be tensors \[z, h, w\], one for each image, all of the same size, got \[8, 8\]",
+        r"`world_latents` must be tensors \[z, h, w\], one for each image, got \[8, 8\]",
     ),
     Row(
-        "latents of two sizes",
-        lambda g: g.count_placeholders("<world><world>", world_latents=[torch.zeros(16, 8, 8), torch.zeros(16, 8, 4)]),
-        r"all of the same size, got \[16, 8, 4\], \[16, 8, 8\]",
+        "latents of two VAEs",
+        lambda g: g.count_placeholders("<world><world>", world_latents=[torch.zeros(16, 8, 8), torch.zeros(48, 8, 8)]),
+        r"one for each image, got \[16, 8, 8\], \[48, 8, 8\]",
     ),
     Row(
         "latents that are lists",
@@ -618,8 +618,8 @@ TENSORS = [
         "`world_latents` must be a floating-point tensor, got torch.int64",
     ),
     Row(
-        "latents in a list",
-        lambda g: g.logits(pixel_values=None, world_latents=[torch.zeros(16, 8, 8)] * 2),
+        "latents in lists of lists",
+        lambda g: g.logits(pixel_values=None, world_latents=[torch.zeros(16, 8, 8).tolist()] * 2),
         "`world_latents` must be a floating-point tensor, got list",
     ),
 ]
@@ -647,7 +647,11 @@ VIDEOS = [
     Row("a frame that is None", lambda g: g.frames([SCENE, None]), "A video is a list of PIL images or arrays"),
     Row("a video of no frame", lambda g: g.frames(np.zeros((0, 48, 40, 3), np.uint8)), "must have one frame or more"),
     Row("a video of floats in 0..1", lambda g: g.frames(np.zeros((5, 48, 40, 3))), AS_ARRAY.format("float64")),
-    Row("videos of two lengths", lambda g: g.frames(CLIP, CLIP * 2), "must have as many frames, and the same size"),
+    Row(
+        "a video with frames of two sizes",
+        lambda g: g.frames([SCENE, SCENE.resize((8, 80))], do_resize=False),
+        "The frames of a video must have one size",
+    ),
     Row(
         "a video and no placeholder",
         lambda g: g.processor(text="a", videos=CLIP),
