@@ -58,6 +58,9 @@ PAN_AND_SCAN = {
     "pan_and_scan_max_num_crops": 4,
     "pan_and_scan_min_ratio_to_activate": 1.2,
 }
+# Without an option, images keep their shape, with at most as many pixels as a square of this side; and very small ones
+# are enlarged, because the VAE makes one position of 8 x 8 pixels.
+DEFAULT_SIDE, MIN_PIXELS = 512, 64 * 64
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 HERE = Path(__file__).parent
 # The remote code: every checkpoint contains all of it.
@@ -97,7 +100,7 @@ def build_config(
     vae: Source,
     gemma: Source,
     tokenizer: PreTrainedTokenizerBase,
-    image_size: int,
+    image_size: int | None,
     dtype: str,
     **layout,
 ) -> TheWorldConfig:
@@ -110,10 +113,10 @@ def build_config(
         text_config.vocab_size = 64 * math.ceil((max(token_ids) + 1) / 64)
     text_config.dtype = dtype
     text_config.name_or_path = ""
-    config = TheWorldConfig(
+    return TheWorldConfig(
         world_config=read_world_config(vae),
         text_config=text_config,
-        image_size=image_size if layout.get("token_layout") == "channel" else None,
+        image_size=(image_size or DEFAULT_SIDE) if layout.get("token_layout") == "channel" else None,
         image_token_id=image_token_id,
         start_of_world_token_id=start_id,
         end_of_world_token_id=end_id,
@@ -122,21 +125,35 @@ def build_config(
         architectures=[TheWorldForConditionalGeneration.__name__],
         **layout,
     )
-    if image_size < 1 or image_size % config.patch_size:
-        raise CheckpointError(f"--image-size must be a positive multiple of {config.patch_size}, got {image_size}.")
-    return config
+
+
+def choose_size(config: TheWorldConfig, image_size: int | None, max_pixels: int | None) -> dict[str, int]:
+    """The `size` of the checkpoint's processor; see `convert` for the arguments."""
+    if max_pixels is not None and (image_size is not None or config.token_layout == "channel"):
+        other = "--token-layout channel" if image_size is None else "--image-size"
+        raise CheckpointError(
+            f"--max-pixels keeps the shape of each image, and {other} makes all images squares of one size. Give one "
+            "of the two."
+        )
+    if image_size is not None or config.token_layout == "channel":
+        side = DEFAULT_SIDE if image_size is None else image_size
+        if side < 1 or side % config.patch_size:
+            raise CheckpointError(f"--image-size must be a positive multiple of {config.patch_size}, got {side}.")
+        return {"height": side, "width": side}
+    most = DEFAULT_SIDE**2 if max_pixels is None else max_pixels
+    if most < config.patch_size**2:
+        raise CheckpointError(f"--max-pixels must be {config.patch_size**2} or more, one world token, got {most}.")
+    return {"shortest_edge": min(MIN_PIXELS, most), "longest_edge": most}
 
 
 def build_processor(
-    config: TheWorldConfig, tokenizer: PreTrainedTokenizerBase, image_size: int, gemma: Source
+    config: TheWorldConfig, tokenizer: PreTrainedTokenizerBase, size: dict[str, int], gemma: Source
 ) -> TheWorldProcessor:
     vision_settings = None
     if config.vision_config is not None:
         vision_settings = Gemma3ImageProcessorPil.from_pretrained(gemma.folder).to_dict() | PAN_AND_SCAN
     return TheWorldProcessor(
-        SiglipImageProcessorPil(
-            size={"height": image_size, "width": image_size}, image_mean=[0.5] * 3, image_std=[0.5] * 3
-        ),
+        SiglipImageProcessorPil(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3),
         tokenizer,
         chat_template=(HERE / "chat_template.jinja").read_text(),
         vision_settings=vision_settings,
@@ -221,7 +238,8 @@ def convert(
     vae: Source,
     gemma: Source,
     output: Path,
-    image_size: int = 512,
+    image_size: int | None = None,
+    max_pixels: int | None = None,
     dtype: str = "bfloat16",
     overwrite: bool = False,
     title: str | None = None,
@@ -234,7 +252,9 @@ def convert(
     Args:
         vae, gemma: The folders to convert from.
         output: A folder that is absent or empty, unless `overwrite`.
-        image_size: Height and width, in pixels, that the processor resizes images to.
+        image_size: Height and width, in pixels, that the processor resizes all images to.
+        max_pixels: Instead, the most pixels of an image, whose shape is kept. Without either, 512 x 512; with
+            `token_layout="channel"`, which reads one size, squares of 512 x 512.
         dtype: Dtype of the written weights, a key of `DTYPES`.
         overwrite: Whether to replace the contents of `output`.
         title: The model's name in its card; by default the folder's name.
@@ -255,10 +275,11 @@ def convert(
         tokenizer = add_world_tokens(gemma)
         layout |= read_vision_fields(gemma, dtype) if vision else {}
         config = build_config(vae, gemma, tokenizer, image_size, dtype, **layout)
+        size = choose_size(config, image_size, max_pixels)
         plan = plan_conversion(vae, gemma, config)
         write_shards(folder, plan, DTYPES[dtype])
         config.save_pretrained(folder)
-        build_processor(config, tokenizer, image_size, gemma).save_pretrained(folder)
+        build_processor(config, tokenizer, size, gemma).save_pretrained(folder)
         write_generation_config(gemma, config, folder)
         for file in MODEL_FILES:
             shutil.copyfile(HERE / file, folder / file)
@@ -290,7 +311,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add_source_arguments(parser, required=True)
     add("--output-dir", type=Path, required=True, metavar="DIR", help="folder to write")
-    add("--image-size", type=int, default=512, metavar="PIXELS", help="side of resized images (%(default)s)")
+    add("--max-pixels", type=int, metavar="PIXELS", help="most pixels of an image, whose shape is kept (512 x 512)")
+    add("--image-size", type=int, metavar="PIXELS", help="instead, side of the square that all images become")
     add("--projector-type", choices=["linear", "mlp"], default="linear", help="from latents to Gemma (%(default)s)")
     add(
         "--token-layout",
@@ -330,6 +352,7 @@ def run(arguments: list[str]) -> None:
         gemma,
         args.output_dir,
         image_size=args.image_size,
+        max_pixels=args.max_pixels,
         dtype=args.dtype,
         overwrite=args.overwrite,
         title=args.push_to_hub,

@@ -134,6 +134,7 @@ def test_the_folder_is_a_complete_model_repo(checkpoint):
         "processing_theworld.py",
         "processor_config.json",
         "modalities_theworld.py",
+        "sizes_theworld.py",
         "tokenizer.json",
         "tokenizer_config.json",
         "versions_theworld.py",
@@ -531,6 +532,10 @@ def test_a_source_that_cannot_be_found_is_named(run):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (
+            ["--max-pixels", "4096"],
+            "--max-pixels keeps the shape of each image, and --image-size makes all images squares",
+        ),
         (["--image-size", "60"], "--image-size must be a positive multiple of 8, got 60"),
         (["--latent-merge-size", "2", "--image-size", "72"], "--image-size must be a positive multiple of 16, got 72"),
         (["--token-layout", "channel", "--latent-merge-size", "2"], "`latent_merge_size=2` merges positions"),

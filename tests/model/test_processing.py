@@ -58,15 +58,26 @@ def test_size_accepts_any_multiple_of_the_patch_size(processor, photo, height, w
     assert processor._get_num_multimodal_tokens([(600, 512)], size=size)["num_image_tokens"] == [height * width // 64]
 
 
-def test_the_default_size_is_512(sources, tmp_path):
+@pytest.mark.parametrize(
+    ("options", "fitted", "count"),
+    [
+        ([], (440, 584), 4015),
+        (["--max-pixels", "65536"], (216, 288), 972),
+        (["--max-pixels", "65536", "--latent-merge-size", "2"], (224, 288), 252),
+        (["--image-size", "512"], (512, 512), 4096),
+        (["--token-layout", "channel"], (512, 512), 16),
+    ],
+    ids=str,
+)
+def test_the_size_of_a_conversion(sources, tmp_path, options, fitted, count):
     from theworld import convert_weights
 
     arguments = ["--vae", sources / "pipeline", "--gemma", sources / "gemma2", "--output-dir", tmp_path / "out"]
-    assert convert_weights.main([*map(str, arguments)]) == 0
+    assert convert_weights.main([*map(str, arguments), *options]) == 0
     processor = TheWorldProcessor.from_pretrained(tmp_path / "out")
-    inputs = processor(text="<world>", images=Image.new("RGB", (30, 20)), return_tensors="pt")
-    assert inputs["pixel_values"].shape == (1, 3, 512, 512)
-    assert places(processor, inputs["input_ids"]) == [4096]
+    inputs = processor(text="<world>", images=Image.new("RGB", (1600, 1200)), return_tensors="pt")
+    assert inputs["pixel_values"].shape == (1, 3, *fitted)
+    assert places(processor, inputs["input_ids"]) == [count]
 
 
 def test_unresized_images_keep_their_size(processor):
