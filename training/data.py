@@ -268,11 +268,11 @@ class ConversationCollator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """
         Args:
-            rows: Each with `messages`, and `images` or `world_latents` [images, z, h, w].
+            rows: Each with `messages`, and `images` or `world_latents`, one [z, h, w] for each image.
 
         Returns:
             `input_ids`, `attention_mask` and `labels`, int64 [B, S], padded on the right; and `pixel_values` or
-            `world_latents` of all images, in order.
+            `world_latents` of all images, in order, with their `image_sizes` if they are padded.
 
         Raises:
             ValueError: If a conversation is longer than `max_length`, or has another format.
@@ -293,13 +293,14 @@ class ConversationCollator:
             self.label(messages, batch["input_ids"][row], batch["labels"][row])
         return dict(batch)
 
-    def check(self, messages: list[dict], image_sizes: Sequence[tuple[int, int]]) -> None:
+    def check(self, messages: list[dict], image_sizes: Sequence[Sequence[int]], **options) -> None:
         """
         Checks a row by rendering it.
 
         Args:
             messages: A row's conversation.
             image_sizes: Height and width in pixels of each of its images.
+            options: Of the image processor; `do_resize=False` if these are the sizes after resizing.
 
         Raises:
             ValueError, TemplateError: If a call with this row would raise, or would train on something else than
@@ -316,7 +317,7 @@ class ConversationCollator:
             self.check_typed(message, turn, bool(image_sizes))
         if self.max_length is not None:
             sizes = list(image_sizes)
-            counts = self.processor._get_num_multimodal_tokens(sizes)["num_image_tokens"] if sizes else []
+            counts = self.processor._get_num_multimodal_tokens(sizes, **options)["num_image_tokens"] if sizes else []
             # Each placeholder becomes an image's world tokens with a start and an end token.
             self.check_length(len(input_ids) + sum(number + 1 for number in counts))
 

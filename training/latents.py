@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 from datasets import Dataset, Image, List, concatenate_datasets, load_from_disk
 from huggingface_hub import snapshot_download
@@ -34,7 +33,7 @@ class Manifest:
         dataset, split, rows: Name, split and number of rows of the encoded dataset.
         content: SHA-256 of the rows' messages and image files.
         rows_per_shard: Rows in each shard; the last may have fewer.
-        shape: [z, h, w] of every latent.
+        channels: z of every latent [z, h, w]; h and w follow from the `image_sizes` of a row.
         dtype: Stored dtype, "float32" or "float16".
     """
 
@@ -43,7 +42,7 @@ class Manifest:
     split: str
     rows: int
     rows_per_shard: int
-    shape: list[int]
+    channels: int
     dtype: str
     content: str
 
@@ -74,12 +73,17 @@ def encoder_fingerprint(folder: Path) -> str:
     """
     config = json.loads((folder / "config.json").read_text())
     encoder = config["world_config"]
-    image_processor = json.loads((folder / "processor_config.json").read_text())["image_processor"]
+    processor = json.loads((folder / "processor_config.json").read_text())
+    image_processor = processor["image_processor"]
     fields = {
         "normalize_latents": config["normalize_latents"],
         **{name: encoder[name] for name in ("latents_mean", "latents_std")},
         **{name: image_processor[name] for name in PIXEL_FIELDS},
     }
+    if not image_processor["do_resize"]:
+        fields["do_resize"] = False
+    elif "height" not in image_processor["size"]:  # sides become multiples of the patch
+        fields["patch_size"] = processor["patch_size"]
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     for name, tensor in sorted(encoder_tensors(folder)):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -104,7 +108,7 @@ def content_of(rows: Dataset) -> str:
 
 def load_latents(folder: Path, model: str, collator: ConversationCollator, split: str = "train") -> Dataset:
     """
-    The conversations of a folder of latents, with `world_latents` [images, z, h, w] in each row.
+    The conversations of a folder of latents; each row has `world_latents`, a list of one [z, h, w] for each image.
 
     Args:
         folder: The output of `theworld precompute-latents`.
@@ -139,17 +143,23 @@ def load_latents(folder: Path, model: str, collator: ConversationCollator, split
             "interrupted. Run it again with the same options to continue."
         )
     dataset = concatenate_datasets([load_from_disk(folder / shard) for shard in manifest.shards])
-    ratio = collator.processor.compression_ratio
-    height, width = (ratio * side for side in manifest.shape[1:])
-    numbers = pc.list_value_length(dataset.select_columns(["world_latents"]).with_format("arrow")[:]["world_latents"])
-    for number, (messages, flat) in enumerate(zip(dataset["messages"], numbers.to_pylist(), strict=True)):
+    for number, (messages, sizes) in enumerate(zip(dataset["messages"], dataset["image_sizes"], strict=True)):
         with row_errors(number):
-            collator.check(messages, [(height, width)] * (flat // math.prod(manifest.shape)))
+            collator.check(messages, sizes, do_resize=False)
+    ratio = collator.processor.compression_ratio
 
     def shaped(rows: dict[str, list]) -> dict[str, list]:
         latents = [
-            np.asarray(flat, dtype=manifest.dtype).reshape(-1, *manifest.shape) for flat in rows["world_latents"]
+            split_latents(np.asarray(flat, dtype=manifest.dtype), manifest.channels, ratio, sizes)
+            for flat, sizes in zip(rows["world_latents"], rows["image_sizes"], strict=True)
         ]
-        return {"messages": rows["messages"], "world_latents": [torch.from_numpy(of_row) for of_row in latents]}
+        return {"messages": rows["messages"], "world_latents": latents}
 
     return dataset.with_transform(shaped)
+
+
+def split_latents(flat: np.ndarray, channels: int, ratio: int, sizes: list[list[int]]) -> list[torch.Tensor]:
+    """The latents [z, h, w] of a row's images, whose sizes are in pixels, from all their numbers in a row."""
+    shapes = [(channels, height // ratio, width // ratio) for height, width in sizes]
+    parts = torch.from_numpy(flat).split([math.prod(shape) for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -15,6 +15,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import List, Value
 from tqdm import tqdm
@@ -30,14 +31,15 @@ from theworld.training.latents import MANIFEST, Manifest, checkpoint_folder, con
 IMAGES_PER_BATCH = 16
 
 
-def encode(model: TheWorldForConditionalGeneration, processor: TheWorldProcessor, images: list) -> torch.Tensor:
-    """Float32 latents [B, z, h, w] of images."""
-    batches = []
+def encode(model: TheWorldForConditionalGeneration, processor: TheWorldProcessor, images: list) -> list[torch.Tensor]:
+    """Float32 latents of images, one [z, h, w] for each."""
+    latents: list[torch.Tensor] = []
     for start in range(0, len(images), IMAGES_PER_BATCH):
-        pixel_values = processor(images=images[start : start + IMAGES_PER_BATCH], return_tensors="pt")["pixel_values"]
+        inputs = processor(images=images[start : start + IMAGES_PER_BATCH], return_tensors="pt").to(model.device)
         with torch.no_grad():
-            batches.append(model.get_world_latents(pixel_values.to(model.device)).float().cpu())
-    return torch.cat(batches) if batches else torch.empty(0)
+            encoded = model.get_world_latents(inputs["pixel_values"], inputs.get("image_sizes"))
+        latents += [each.float().cpu() for each in encoded]
+    return latents
 
 
 def precompute(model: str, dataset: str, split: str, output_dir: Path, rows_per_shard: int, dtype: str) -> None:
@@ -52,19 +54,16 @@ def precompute(model: str, dataset: str, split: str, output_dir: Path, rows_per_
         dtype: Stored dtype, "float32" or "float16".
 
     Raises:
-        ValueError: If `rows_per_shard` is less than 1, the model does not resize images, a row cannot be trained on,
-            or `output_dir` contains latents of another encoder, dataset or format.
+        ValueError: If `rows_per_shard` is less than 1, a row cannot be trained on, or `output_dir` contains latents of
+            another encoder, dataset or format.
     """
     if rows_per_shard < 1:
         raise ValueError(f"--rows-per-shard must be at least 1, got {rows_per_shard}.")
     processor = AutoProcessor.from_pretrained(model, trust_remote_code=True)
-    if not processor.image_processor.do_resize:
-        raise ValueError(f"{model} does not resize images, but all latents need one size. Set `do_resize`.")
     context = AutoConfig.from_pretrained(model, trust_remote_code=True).text_config.max_position_embeddings
     rows = load_conversations(dataset, split, ConversationCollator(processor, context))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder = AutoModel.from_pretrained(model, trust_remote_code=True, dtype=torch.float32).eval().to(device)
-    size = processor.image_processor.size
     ratio = encoder.config.world_config.spatial_compression_ratio
     manifest = Manifest(
         encoder=encoder_fingerprint(checkpoint_folder(model)),
@@ -72,7 +71,7 @@ def precompute(model: str, dataset: str, split: str, output_dir: Path, rows_per_
         split=split,
         rows=len(rows),
         rows_per_shard=rows_per_shard,
-        shape=[encoder.config.world_config.z_dim, size["height"] // ratio, size["width"] // ratio],
+        channels=encoder.config.world_config.z_dim,
         dtype=dtype,
         content=content_of(rows),
     )
@@ -88,12 +87,15 @@ def precompute(model: str, dataset: str, split: str, output_dir: Path, rows_per_
         for number, shard in enumerate(manifest.shards):
             some = rows.select(range(number * rows_per_shard, min((number + 1) * rows_per_shard, len(rows))))
             if not (output_dir / shard).exists():
-                counts = [len(images) for images in some["images"]]
-                latents = encode(encoder, processor, [image for images in some["images"] for image in images])
-                flat = [of_row.flatten().numpy().astype(dtype) for of_row in latents.split(counts)]
-                encoded = some.remove_columns("images").add_column("world_latents", flat)
+                latents = iter(encode(encoder, processor, [image for images in some["images"] for image in images]))
+                of_rows = [[next(latents) for _ in images] for images in some["images"]]
+                flat = [np.concatenate([[], *map(np.ravel, of_row)]).astype(dtype) for of_row in of_rows]
+                sizes = [[[ratio * side for side in latent.shape[1:]] for latent in of_row] for of_row in of_rows]
+                encoded = some.remove_columns("images")
+                encoded = encoded.add_column("world_latents", flat, feature=List(Value(dtype)))
+                encoded = encoded.add_column("image_sizes", sizes, feature=List(List(Value("int32"))))
                 with atomic_folder(output_dir / shard, overwrite=False) as unfinished:
-                    encoded.cast_column("world_latents", List(Value(dtype))).save_to_disk(unfinished)
+                    encoded.save_to_disk(unfinished)
             progress.update(len(some))
 
 

@@ -429,14 +429,35 @@ def test_rows_of_latents_are_checked_before_training(dataset, latents, tmp_path)
         run_train(dataset=latents, max_length=70, output_dir=tmp_path)
 
 
-def test_images_of_their_own_sizes_are_not_made_latents(dataset, tmp_path, capsys):
-    shutil.copytree(
-        ROOT, tmp_path / "m", ignore=lambda folder, names: [n for n in names if (Path(folder) / n).is_dir()]
+@pytest.mark.parametrize(
+    "change", [{"size": {"shortest_edge": 1024, "longest_edge": 4096}}, {"do_resize": False}], ids=str
+)
+def test_latents_of_several_sizes_train_as_their_pixels(change, tmp_path):
+    model = copy_of_the_bundled_model(tmp_path / "model")
+    file = model / "processor_config.json"
+    settings = json.loads(file.read_text())
+    settings["image_processor"] |= change
+    file.write_text(json.dumps(settings))
+    for name, size in (("wide.png", (96, 40)), ("tall.png", (24, 64))):
+        draw_scene(1).image.resize(size).save(tmp_path / name)
+    two = [turn("user", PICTURE, "What is it?", PICTURE), turn("assistant", "a star")]
+    rows = written(
+        tmp_path,
+        {"messages": two, "images": ["wide.png", "tall.png"]},
+        {"messages": CONVERSATION, "images": []},
+        {"messages": PARTS, "images": ["a.png"]},
+        {"messages": PARTS, "images": ["wide.png"]},
     )
-    file = tmp_path / "m" / "processor_config.json"
-    file.write_text(file.read_text().replace('"do_resize": true', '"do_resize": false'))
-    assert precompute(dataset, tmp_path / "latents", model=tmp_path / "m") == 1
-    assert "does not resize images, but all latents need one size" in capsys.readouterr().err
+    assert precompute(rows, tmp_path / "latents", model=model) == 0
+    options = {"model": model, "max_steps": 2, "per_device_train_batch_size": 4}
+    pixels, latents = (
+        run_train(dataset=dataset, output_dir=tmp_path / f"from-{dataset.name}", **options)
+        for dataset in (rows, tmp_path / "latents")
+    )
+    losses = (torch.tensor(losses_of(run.state.log_history)) for run in (latents, pixels))
+    torch.testing.assert_close(*losses, **EXACT)
+    with pytest.raises(ValueError, match="were made with another encoder, image size or normalization"):
+        run_train(dataset=tmp_path / "latents", output_dir=tmp_path / "other")
 
 
 @pytest.mark.parametrize("change", ["weights", "size", "normalization"])
