@@ -134,6 +134,7 @@ def ask(
     with times.stage("process the question"):
         inputs = make_inputs(processor, seen, question)
         del inputs[pixel_values]
+        inputs.pop(seen.modality.sizes, None)  # one picture is not padded
         inputs[world_latents] = latents
     prompt = inputs["input_ids"][0]
 
