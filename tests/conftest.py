@@ -58,7 +58,8 @@ def convert(sources, tmp_path_factory):
         if key not in folders:
             folder = tmp_path_factory.mktemp("converted") / "theworld"
             arguments = ["--vae", str(sources / "pipeline"), "--gemma", str(sources / family)]
-            defaults = ["--output-dir", str(folder), "--image-size", "64", "--dtype", "float32"]
+            defaults = ["--output-dir", str(folder), "--dtype", "float32"]
+            defaults += [] if "--max-pixels" in options else ["--image-size", "64"]
             assert convert_weights.main([*arguments, *defaults, *options]) == 0
             folders[key] = folder
         return folders[key]

@@ -47,7 +47,7 @@ def user_folder(convert, convert_whole, tmp_path_factory) -> Callable[[str], Pat
 
     def make(page: str) -> Path:
         folder = tmp_path_factory.mktemp("user")
-        checkpoint = convert_whole() if page in WITH_VISION else convert("gemma2", "--image-size", "512")
+        checkpoint = convert_whole() if page in WITH_VISION else convert("gemma2", "--max-pixels", str(512**2))
         (folder / "my-theworld").symlink_to(checkpoint)
         for pattern in ("*_theworld.py", "*.json", "*.jinja", "*.safetensors", "assets", "demo"):
             for path in ROOT.glob(pattern):
