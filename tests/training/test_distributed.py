@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from packaging import version
+from PIL import Image
 from safetensors.torch import load_file
 
 from tests.helpers import ROOT
@@ -184,6 +185,26 @@ def test_processes_without_images_keep_in_step(pattern, rows, trained_on_few_ima
     expected = trained_on_few_images(alone(command_of("--fsdp-size 2")), 2)
     assert report["losses"] == pytest.approx(expected["losses"], abs=1e-4) and len(report["losses"]) == 8
     assert report["eval_losses"] == pytest.approx(expected["eval_losses"], abs=1e-4) and report["eval_losses"]
+
+
+@needs_5_23
+def test_processes_with_images_of_several_sizes_keep_in_step(start, tmp_path):
+    """A process with one size, and another with several, gather the encoder's weights equally often."""
+
+    def losses_of(command: str, rows: int) -> list[float]:
+        folder = make_folder(tmp_path / str(rows))
+        (folder / "my-theworld").unlink()
+        model = folder / "my-theworld"
+        shutil.copytree(ROOT, model, ignore=lambda at, names: [name for name in names if (Path(at) / name).is_dir()])
+        settings = json.loads((model / "processor_config.json").read_text())
+        settings["image_processor"]["size"] = {"shortest_edge": 64, "longest_edge": 4096}
+        (model / "processor_config.json").write_text(json.dumps(settings))
+        for number, path in enumerate(sorted((folder / "data" / "images").iterdir())):
+            Image.open(path).resize([(64, 64), (96, 40), (24, 80)][number % 4 % 3]).save(path)
+        return reports_of(start(command, folder, per_device_train_batch_size=rows, max_steps=3))[0]["losses"]
+
+    command = command_of("--fsdp-size 2")
+    assert losses_of(command, 2) == pytest.approx(losses_of(alone(command), 4), abs=1e-4)
 
 
 @needs_5_23
