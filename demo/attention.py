@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Mapping
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
@@ -51,10 +51,10 @@ def attention_to_world(model: PreTrainedModel, inputs: Mapping) -> torch.Tensor:
 
 def overlay_attention(image: Image.Image, attention: torch.Tensor) -> Image.Image:
     """The image in gray, with the attention [h, w] in red."""
+    panel = ImageOps.contain(image.convert("L").convert("RGB"), (SIDE, SIDE))
     strength = (attention - attention.min()) / (attention.max() - attention.min())
-    strength = F.interpolate(strength[None, None], size=(SIDE, SIDE), mode="bilinear")[0, 0]
+    strength = F.interpolate(strength[None, None], size=(panel.height, panel.width), mode="bilinear")[0, 0]
     mask = Image.fromarray((strength * 200).byte().numpy())
-    panel = image.convert("L").convert("RGB").resize((SIDE, SIDE))
     panel.paste(HEAT, mask=mask)
     return panel
 
@@ -65,7 +65,7 @@ def contact_sheet(latents: torch.Tensor) -> Image.Image:
     sheet = Image.new("RGB", (8 * (side + 4), -(-latents.shape[1] // 8) * (side + 4)), PAPER)
     for number, channel in enumerate(latents[0].float()):
         scaled = (channel - channel.min()) / (channel.max() - channel.min()).clamp(min=1e-6)
-        tile = Image.fromarray((scaled * 255).byte().numpy()).resize((side, side), Image.Resampling.NEAREST)
+        tile = ImageOps.contain(Image.fromarray((scaled * 255).byte().numpy()), (side, side), Image.Resampling.NEAREST)
         sheet.paste(tile, (number % 8 * (side + 4), number // 8 * (side + 4)))
     return sheet
 
@@ -81,7 +81,9 @@ def draw_report(
         answers: For each question its text, the text of the answer, and the answer's attention [h, w].
         latents: [1, z, h, w].
     """
-    panels = [(image.convert("RGB").resize((SIDE, SIDE)), "the picture", f"{image.width} x {image.height} pixels")]
+    panels = [
+        (ImageOps.contain(image.convert("RGB"), (SIDE, SIDE)), "the picture", f"{image.width} x {image.height} pixels")
+    ]
     panels += [(overlay_attention(image, attention), question, answer) for question, answer, attention in answers]
     sheet = contact_sheet(latents)
     questions = [textwrap.wrap(question, SIDE // 8) for _, question, _ in panels]

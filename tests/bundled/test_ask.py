@@ -45,6 +45,17 @@ def test_exif_orientation_is_applied(convert, tmp_path):
         assert drawn.width > 2 * 256
 
 
+def test_a_wide_picture_keeps_its_shape(convert, tmp_path):
+    draw_scene(1).image.resize((200, 80)).save(tmp_path / "wide.png")
+    arguments = ["--model", convert("gemma2", "--max-pixels", "16384"), "--save", tmp_path / "drawn.png"]
+    printed = ask(tmp_path / "wide.png", "what?", *arguments)
+    assert "200x80 pixels, read as [1, 3, 80, 200]" in printed and "250 of them world tokens" in printed
+    with Image.open(tmp_path / "drawn.png") as drawn:
+        picture = drawn.crop((16, 16, 16 + 256, 16 + 256))
+    below = picture.crop((0, round(256 * 80 / 200), 256, 256)).getextrema()
+    assert below == ((255, 255),) * 3 and picture.getextrema() != below
+
+
 def test_make_demo_gives_three_right_answers(shown_scene, tmp_path):
     command = re.search(r"theworld ask assets/scene.png (.*?) --save", (ROOT / "Makefile").read_text()).group(1)
     questions = re.findall(r'"([^"]*)"', command)
