@@ -41,6 +41,9 @@ COMMANDS = {
     "precompute-latents": Command(
         "encode a dataset's images once, for train", "theworld.training.precompute_latents", extra="train"
     ),
+    "merge": Command(
+        "merge an adapter into the checkpoint it was trained on", "theworld.checkpoints.merge", extra="train"
+    ),
     "ask": Command("ask about an image or a video", "theworld.demo.ask"),
     "app": Command("serve a web page to ask about images", "theworld.demo.app", extra="web"),
 }

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import urllib.error
@@ -22,9 +23,10 @@ from transformers import AutoModel, AutoProcessor
 
 from tests.helpers import ROOT
 from tests.helpers import load_test as load
-from tests.helpers.docs import snippet
+from tests.helpers.docs import command, snippet
 from tests.helpers.generation import chat_inputs
 from tests.helpers.servers import MAX_TOKENS, Message, content_of, data_url, serve_vllm
+from theworld.checkpoints import merge
 from theworld.evaluation.scenes import SPLITS, draw_scene
 
 
@@ -382,7 +384,7 @@ def test_an_adapter_of_the_projection_is_merged_first(theirs, scenes, tmp_path, 
     with pytest.raises(ValueError, match="Unsupported modules_to_save"):
         PEFTHelper.from_local_dir("tuned", 4096).validate_legal(LoRAConfig(max_lora_rank=8))
 
-    exec(snippet("docs/serving.md", "merge_and_unload").code, {})
+    assert merge.main(shlex.split(command("docs/serving.md", "theworld merge"))[2:]) == 0
     messages = mixed_messages(scenes)[:8]
     adapted = list(map(greedy(ROOT, tmp_path / "tuned"), messages))
     assert list(map(greedy(tmp_path / "merged"), messages)) == adapted != list(map(theirs, messages))

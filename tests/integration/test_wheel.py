@@ -84,6 +84,7 @@ def test_commands_run_from_another_folder(environment, sources, tmp_path):
         (["fly"], "theworld: error: argument COMMAND: invalid choice: 'fly'"),
         (["convert", "--vae", "x"], "theworld convert: error: the following arguments are required: --gemma"),
         (["verify", "nothing"], "theworld verify: error: "),
+        (["merge", "nothing"], "theworld merge: error: "),
         (["train", "--model", "nothing"], "theworld train: error: "),
         (["precompute-latents"], "theworld precompute-latents: error: "),
         (["ask", "nothing.png", "What?"], "theworld ask: error: There is no file nothing.png"),
