@@ -11,14 +11,11 @@ previous report, with the SHA-256 of their weights.
 
 import hashlib
 import json
-import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from PIL import Image
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -32,13 +29,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from theworld import TheWorldForConditionalGeneration, TheWorldProcessor
 from theworld.evaluation.clips import CLIP_KINDS, Clip, make_clip
-from theworld.evaluation.scenes import KINDS, SPLITS, Question, Scene, draw_scene
+from theworld.evaluation.held_out import NUM_TEST_SCENES, QUESTIONS_PER_KIND, Case, held_out_cases, held_out_clips
+from theworld.evaluation.scenes import KINDS, SPLITS, Scene, draw_scene
+from theworld.evaluation.table import wilson_interval
 
 from .pipeline import RECIPE, RESULTS, ROOT, Length
 
 
-QUESTIONS_PER_KIND = 300
-NUM_TEST_SCENES = 4000  # enough for the questions of each kind, of scenes and of clips
 BATCH_SIZE = 100  # divides QUESTIONS_PER_KIND, so that "of another image" has the same kind of question
 ALL_KINDS = KINDS | CLIP_KINDS
 TOTALS = {"overall": "scenes, all", "clips": "clips, all"}
@@ -54,46 +51,6 @@ LAST_FRAME = "last frame alone"
 BLIND = "blind Gemma"
 # Other models, if they have been trained; on scenes only.
 COMPARED = {BLIND: "gemma", "encoder frozen": "theworld-frozen", "frozen, merged 2x2": "theworld-merged"}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A question about an image or about the frames of a clip, with its answer."""
-
-    seen: Image.Image | tuple[Image.Image, ...]
-    question: Question
-
-    @property
-    def modality(self) -> str:
-        return "image" if isinstance(self.seen, Image.Image) else "video"
-
-    @property
-    def last_frame(self) -> "Case":
-        """The same question about the last frame, as an image."""
-        return Case(self.seen[-1], self.question)
-
-
-def held_out(per_kind: int, kinds: Iterable[str], make: Callable[[int], Scene | Clip]) -> list[Case]:
-    """The first questions of each kind in the test split, at most one per kind and seed, sorted by kind."""
-    cases = {kind: [] for kind in kinds}
-    for seed in SPLITS["test"][:NUM_TEST_SCENES]:
-        made = make(seed)
-        for kind, question in {question.kind: question for question in made.questions}.items():
-            if len(cases.get(kind, range(per_kind))) < per_kind:
-                cases[kind].append(Case(made.image if isinstance(made, Scene) else made.frames, question))
-        if all(len(of_kind) == per_kind for of_kind in cases.values()):
-            break
-    return [case for of_kind in cases.values() for case in of_kind]
-
-
-def held_out_cases(per_kind: int) -> list[Case]:
-    """Held-out questions about scenes."""
-    return held_out(per_kind, KINDS, draw_scene)
-
-
-def held_out_clips(per_kind: int) -> list[Case]:
-    """Held-out questions about clips."""
-    return held_out(per_kind, CLIP_KINDS, make_clip)
 
 
 def answer(
@@ -132,15 +89,6 @@ def answer(
     return [text.strip() for text in answers]
 
 
-def interval(right: int, total: int) -> tuple[float, float]:
-    """Wilson's 95 % confidence interval of a share."""
-    z = 1.96
-    share = right / total
-    center = (share + z**2 / (2 * total)) / (1 + z**2 / total)
-    half = z * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2)) / (1 + z**2 / total)
-    return center - half, center + half
-
-
 def score(cases: list[Case], answers: list[str]) -> dict[str, dict]:
     """Shares of right answers with their intervals: for each kind, `overall` for scenes, and `clips` for clips."""
     groups: dict[str, list[bool]] = {}
@@ -153,7 +101,7 @@ def score(cases: list[Case], answers: list[str]) -> dict[str, dict]:
             "right": sum(group),
             "total": len(group),
             "share": sum(group) / len(group),
-            "interval": interval(sum(group), len(group)),
+            "interval": wilson_interval(sum(group), len(group)),
         }
         for name, group in groups.items()
     }

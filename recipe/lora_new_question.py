@@ -19,13 +19,15 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from theworld import TheWorldForConditionalGeneration, TheWorldProcessor
+from theworld.evaluation.held_out import Case, held_out_cases
 from theworld.evaluation.scenes import COLOURS, MARGIN, SPLITS, Question, Scene, draw_scene
+from theworld.evaluation.table import wilson_interval
 from theworld.training.data import ConversationCollator
 from theworld.training.latents import load_latents
 from theworld.training.precompute_latents import precompute
 from theworld.training.train import LORA_TARGET_MODULES
 
-from .evaluate import CONDITIONS, Case, answer, held_out_cases, interval
+from .evaluate import CONDITIONS, answer
 from .pipeline import RESULTS, ROOT
 
 
@@ -113,7 +115,12 @@ def share(model: PeftModel, cases: list[Case]) -> dict:
     processor = TheWorldProcessor.from_pretrained(ROOT)
     answers = answer(model, processor, cases, CONDITIONS["world tokens"])
     right = sum(given == case.question.answer for case, given in zip(cases, answers, strict=True))
-    return {"right": right, "total": len(cases), "share": right / len(cases), "interval": interval(right, len(cases))}
+    return {
+        "right": right,
+        "total": len(cases),
+        "share": right / len(cases),
+        "interval": wilson_interval(right, len(cases)),
+    }
 
 
 def main(

@@ -14,7 +14,9 @@ import torch
 from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
 from transformers import AutoModel, AutoProcessor, BitsAndBytesConfig, TorchAoConfig
 
-from .evaluate import CONDITIONS, QUESTIONS_PER_KIND, Case, answer, held_out_cases, score
+from theworld.evaluation.held_out import QUESTIONS_PER_KIND, Case, held_out_cases
+
+from .evaluate import CONDITIONS, answer, score
 from .pipeline import RESULTS, ROOT
 
 

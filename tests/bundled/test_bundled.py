@@ -7,12 +7,13 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from recipe.evaluate import CONDITIONS, LAST_FRAME, answer, held_out_cases, held_out_clips, score, table
+from recipe.evaluate import CONDITIONS, LAST_FRAME, answer, score, table
 from tests.helpers import ROOT
 from tests.helpers.docs import read
 from tests.helpers.fresh import run_fresh
 from tests.helpers.generation import chat
 from theworld.evaluation.clips import CLIP_KINDS
+from theworld.evaluation.held_out import held_out_cases, held_out_clips
 from theworld.evaluation.scenes import KINDS, SPLITS, draw_scene
 
 

@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 from recipe import sequences, trainer, video
-from recipe.evaluate import interval
 from recipe.pipeline import Length, train_all
 from recipe.sequences import IGNORE_INDEX, AnswerLoss, RowMaker
 from recipe.vae import pixels_of
@@ -208,8 +207,3 @@ def test_a_clips_row_equals_the_processors_inputs(rows, processor):
     start = 3 * 64  # the clip's part: the turn's opening, times and places
     assert torch.equal(batch["input_ids"][0, :start], inputs["input_ids"][0, :start])
     torch.testing.assert_close(video.frames_of(range(1)), inputs["pixel_values_videos"])
-
-
-def test_the_interval_is_wilsons():
-    assert interval(95, 100) == pytest.approx((0.8883, 0.9785), abs=1e-4)
-    assert interval(10, 10)[1] == pytest.approx(1)

@@ -11,11 +11,11 @@ from transformers import AutoModel, AutoProcessor
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from recipe.evaluate import held_out_cases
 from tests.helpers import ROOT
 from tests.helpers.docs import read, snippet
 from tests.helpers.fresh import run_fresh
 from theworld import TheWorldForConditionalGeneration
+from theworld.evaluation.held_out import held_out_cases
 
 
 RESULTS = json.loads((ROOT / "results" / "quantized.json").read_text())
