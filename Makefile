@@ -46,8 +46,8 @@ test-vllm: $(VLLM)/.installed ## Serve checkpoints with vLLM and ask them
 test-quantized: $(WEB)/.installed ## Quantize Gemma with torchao and bitsandbytes
 	$(WEB)/bin/python -m pytest tests/integration/test_quantized.py -m quantized
 
-test-harness: $(HARNESS)/.installed ## Evaluate held-out scenes with lm-eval
-	$(HARNESS)/bin/python -m pytest tests/integration/test_lm_eval.py -m harness
+test-harness: $(HARNESS)/.installed ## Evaluate with lm-eval: every task and arm
+	$(HARNESS)/bin/python -m pytest tests/integration/test_evaluate.py -m harness
 
 test-web: $(WEB)/.installed /usr/bin/chromedriver ## Drive the web page in Chromium
 	$(WEB)/bin/python -m pytest tests/integration/test_web.py -m web

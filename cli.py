@@ -44,6 +44,11 @@ COMMANDS = {
     "merge": Command(
         "merge an adapter into the checkpoint it was trained on", "theworld.checkpoints.merge", extra="train"
     ),
+    "evaluate": Command(
+        "score a checkpoint on benchmarks, with and without world tokens",
+        "theworld.evaluation.evaluate",
+        extra="harness",
+    ),
     "ask": Command("ask about an image or a video", "theworld.demo.ask"),
     "app": Command("serve a web page to ask about images", "theworld.demo.app", extra="web"),
 }

@@ -11,7 +11,8 @@ import pytest
 from tests.helpers import ROOT
 
 
-WEB_MODULES = {"theworld.demo.app"}  # needs gradio, which this environment lacks; test_web.py starts it
+# They need gradio or lm-eval, which this environment lacks; test_web.py and test_evaluate.py start them.
+ELSEWHERE = {"theworld.demo.app", "theworld.evaluation.arms", "theworld.evaluation.evaluate"}
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +55,14 @@ def test_every_module_of_the_wheel_is_imported(wheel, environment, tmp_path):
     modules = sorted({name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in names})
     assert {"theworld.cli", "theworld.training.train", "theworld.checkpoints.verify"} <= set(modules)
     code = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)"
-    done = run([environment / "python", "-c", code, *sorted(set(modules) - WEB_MODULES)], tmp_path)
+    done = run([environment / "python", "-c", code, *sorted(set(modules) - ELSEWHERE)], tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_the_wheel_has_the_model_and_no_repo_folders(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    assert "theworld/model.safetensors" in names and "theworld/chat_template.jinja" in names
+    assert {"theworld/model.safetensors", "theworld/chat_template.jinja"} <= set(names)
+    assert {"theworld/evaluation/tasks/vsr.yaml", "theworld/evaluation/tasks/_question"} <= set(names)
     for folder in ("tests", "recipe", "benchmarks", "scripts", "docs", "constraints", "results"):
         assert not [name for name in names if f"/{folder}/" in f"/{name}"], folder
 
@@ -85,6 +87,7 @@ def test_commands_run_from_another_folder(environment, sources, tmp_path):
         (["convert", "--vae", "x"], "theworld convert: error: the following arguments are required: --gemma"),
         (["verify", "nothing"], "theworld verify: error: "),
         (["merge", "nothing"], "theworld merge: error: "),
+        (["evaluate"], "theworld evaluate: error: needs lm_eval: install the extra 'harness'."),
         (["train", "--model", "nothing"], "theworld train: error: "),
         (["precompute-latents"], "theworld precompute-latents: error: "),
         (["ask", "nothing.png", "What?"], "theworld ask: error: There is no file nothing.png"),
