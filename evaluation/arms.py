@@ -7,6 +7,7 @@ both of another question's pictures.
 """
 
 import hashlib
+import re
 from collections.abc import Iterator
 from itertools import cycle, groupby, islice
 from random import Random
@@ -19,10 +20,11 @@ from lm_eval.models.hf_vlms import HFMultimodalLM
 from PIL import Image
 from tqdm import tqdm
 
-from theworld.evaluation.questions import PLACEHOLDER, open_picture
+from theworld.evaluation.questions import IMAGE, VIDEO, open_picture
 
 
-# The processor's switches in each arm; None: the prompt has no picture.
+NUM_FRAMES = 33
+# The processor's switches in each arm; None: the prompt has no picture or video.
 ARMS: dict[str, dict[str, bool] | None] = {
     "both": {"world": True, "vision": True},
     "world": {"world": True, "vision": False},
@@ -30,12 +32,13 @@ ARMS: dict[str, dict[str, bool] | None] = {
     "neither": None,
     "shuffled": {},
 }
+# Those of a checkpoint without Gemma 3's tower, and of videos, which the tower does not read.
 WITHOUT_VISION = ("world", "neither", "shuffled")
 
 
-def arms_of(config: Any) -> tuple[str, ...]:
-    """The arms that a checkpoint with this config can have."""
-    return tuple(ARMS) if config.vision_config is not None else WITHOUT_VISION
+def arms_of(config: Any, videos: bool = False) -> tuple[str, ...]:
+    """The arms that a checkpoint with this config can have for pictures or `videos`."""
+    return WITHOUT_VISION if config.vision_config is None or videos else tuple(ARMS)
 
 
 def fingerprint(image: Any) -> str:
@@ -45,7 +48,12 @@ def fingerprint(image: Any) -> str:
     return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
 
 
+def shows_videos(request: Instance) -> bool:
+    return bool(request.doc.get("videos"))
+
+
 def pictures_of(request: Instance) -> list:
+    """A request's pictures or videos."""
     return request.args[2]["visual"] if len(request.args) > 2 else []
 
 
@@ -82,47 +90,53 @@ class TheWorldLM(HFMultimodalLM):
         pretrained: Folder or Hub repo of a checkpoint.
         arm: A key of `ARMS`; by default all that the checkpoint has.
         seed: Which other pictures the questions get in the arm `shuffled`.
+        num_frames: Frames that are read of a video, evenly.
         kwargs: Arguments of lm-eval's `HFMultimodalLM`.
     """
 
-    def __init__(self, pretrained: str, arm: str | None = None, seed: int = 0, **kwargs: Any) -> None:
+    def __init__(
+        self, pretrained: str, arm: str | None = None, seed: int = 0, num_frames: int = NUM_FRAMES, **kwargs: Any
+    ) -> None:
         super().__init__(pretrained, **{"trust_remote_code": True, **kwargs})
         self.arm = arm or arms_of(self.config)[0]
         self.seed = seed
+        self.num_frames = num_frames
         vocabulary = self.tokenizer.get_vocab()
         ends = self.model.generation_config.eos_token_id
         ends = [ends] if isinstance(ends, int) else list(ends or [])
         self.end_ids = sorted({*ends, *(vocabulary[end] for end in ("<eos>", "<end_of_turn>") if end in vocabulary)})
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A chat's prompt; each `<image>` in it is a picture, or nothing in the arm `neither`."""
-        picture = [] if ARMS[self.arm] is None else [{"type": "image"}]
+        """A chat's prompt; each `<image>` or `<video>` in it is one, or nothing in the arm `neither`."""
+        seen = {} if ARMS[self.arm] is None else {IMAGE: {"type": "image"}, VIDEO: {"type": "video"}}
         conversation = []
         for message in chat_history:
-            texts = message["content"].split(PLACEHOLDER)
-            parts = [part for text in texts for part in (*picture, {"type": "text", "text": text})][len(picture) :]
-            kept = [part for part in parts if part.get("text") != ""]
-            conversation.append({"role": message["role"], "content": kept})
+            texts = re.split(f"({IMAGE}|{VIDEO})", message["content"])
+            kept = [text for text in texts if text and (text in seen or text not in (IMAGE, VIDEO))]
+            parts = [seen.get(text, {"type": "text", "text": text}) for text in kept]
+            conversation.append({"role": message["role"], "content": parts})
         return self.processor.apply_chat_template(
             conversation, add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt
         )
 
-    def encode(self, prompts: list[str], pictures: list[list], room: int) -> Any:
+    def encode(self, prompts: list[str], pictures: list[list], room: int, videos: bool = False) -> Any:
         """
-        The model's inputs for prompts and their pictures.
+        The model's inputs for prompts and their pictures or `videos`.
 
         Raises:
             ValueError: If they and an answer of `room` tokens are longer than the model's context.
         """
-        switches = ARMS[self.arm]
-        images = None if switches is None else [[open_picture(picture) for picture in each] for each in pictures]
-        options = {"padding": True, "padding_side": "left", "return_tensors": "pt", **(switches or {})}
-        inputs = self.processor(text=prompts, images=images, **options)
+        switches, seen = ARMS[self.arm], {}
+        if switches is not None and videos:
+            seen = {"videos": pictures, "num_frames": self.num_frames, **switches}
+        elif switches is not None:
+            seen = {"images": [[open_picture(picture) for picture in each] for each in pictures], **switches}
+        inputs = self.processor(text=prompts, padding=True, padding_side="left", return_tensors="pt", **seen)
         length = inputs["input_ids"].shape[1]
         if length + room > self.max_length:
             raise ValueError(
                 f"A question has {length} tokens and its answer may have {room}, but the model's context is "
-                f"{self.max_length}. Give pictures of a smaller size."
+                f"{self.max_length}. Convert with a larger --latent-merge-size, or read fewer frames of a video."
             )
         return inputs.to(self.device, self.model.dtype)
 
@@ -130,7 +144,8 @@ class TheWorldLM(HFMultimodalLM):
         """The greedy answers to a batch, up to the end of the turn."""
         settings = requests[0].args[1]
         room = settings.get("max_gen_toks", self.max_gen_toks)
-        inputs = self.encode([request.args[0] for request in requests], pictures, room)
+        prompts = [request.args[0] for request in requests]
+        inputs = self.encode(prompts, pictures, room, videos=shows_videos(requests[0]))
         output = self.model.generate(
             **inputs,
             max_new_tokens=room,
@@ -161,10 +176,11 @@ class TheWorldLM(HFMultimodalLM):
         return replies
 
     def batches(self, requests: list[Instance]) -> Iterator[list[int]]:
-        """Indices of requests with the same settings and the same number of pictures, the longest first."""
+        """Indices of requests with the same settings and the same number of pictures or videos, the longest first."""
 
         def kind(index: int) -> tuple:
-            return str(requests[index].args[1]), len(pictures_of(requests[index]))
+            request = requests[index]
+            return str(request.args[1]), shows_videos(request), len(pictures_of(request))
 
         ordered = sorted(range(len(requests)), key=lambda index: (kind(index), -len(requests[index].args[0])))
         for _, group in groupby(ordered, kind):

@@ -26,8 +26,9 @@ from theworld import TheWorldConfig
 from theworld.checkpoints.atomic import already_there, atomic_folder, check_replaceable, sha256
 from theworld.checkpoints.sources import Source, download_source
 from theworld.cli import ArgumentParser, run_command
-from theworld.evaluation.arms import ARMS, TheWorldLM, arms_of
+from theworld.evaluation.arms import ARMS, NUM_FRAMES, TheWorldLM, arms_of
 from theworld.evaluation.judge import judge
+from theworld.evaluation.questions import BENCHMARKS
 from theworld.evaluation.table import Answer, page, score_task
 
 
@@ -45,9 +46,9 @@ def choose(given: str, known: tuple[str, ...], what: str) -> list[str]:
     return names
 
 
-def choose_arms(given: str | None, source: Source) -> list[str]:
+def choose_arms(given: str | None, source: Source, videos: bool) -> list[str]:
     """
-    The arms to run; by default all that the checkpoint has.
+    The arms of a task about pictures or `videos`; by default all that the checkpoint has.
 
     Raises:
         ValueError: For an arm that does not exist, or that the checkpoint cannot have.
@@ -56,20 +57,26 @@ def choose_arms(given: str | None, source: Source) -> list[str]:
         raise ValueError(
             f"{source.name} is an adapter. Merge it first: `theworld merge {source.name} --output-dir DIR`."
         )
-    possible = arms_of(TheWorldConfig.from_pretrained(source.folder))
+    model_type = source.read_config().get("model_type")
+    if model_type != "theworld":
+        raise ValueError(f"{source.name} is a {model_type} model, not a TheWorld. Convert it with `theworld convert`.")
+    possible = arms_of(TheWorldConfig.from_pretrained(source.folder), videos)
     if given is None:
         return list(possible)
     arms = choose(given, tuple(ARMS), "arm")
     for arm in arms:
         if arm not in possible:
-            raise ValueError(
-                f"{source.name} has no `vision_config`, so it has no arm {arm!r}. Choose from {', '.join(possible)}."
-            )
+            lacks = "the tower does not read videos" if videos else f"{source.name} has no `vision_config`"
+            raise ValueError(f"There is no arm {arm!r} here, because {lacks}. Choose from {', '.join(possible)}.")
     return arms
 
 
 def known_tasks() -> tuple[str, ...]:
     return tuple(sorted(file.stem for file in TASKS.glob("*.yaml")))
+
+
+def shows_videos(task: str) -> bool:
+    return task in BENCHMARKS and BENCHMARKS[task].videos
 
 
 def load_tasks(names: list[str], data_dir: Path | None) -> dict[str, Task]:
@@ -89,8 +96,8 @@ def ask(model: TheWorldLM, task: Task, limit: int | None) -> list[Answer]:
 
 
 def make_answer(question: dict, reply: str) -> Answer:
-    parsed, right = judge(reply, question["choices"], question["answer"], question["rule"])
-    return Answer(question["id"], question["category"], reply, parsed, right)
+    parsed, score = judge(reply, question["choices"], question["answer"], question["rule"])
+    return Answer(question["id"], question["category"], reply, parsed, score)
 
 
 def ask_arms(model: TheWorldLM, task: Task, arms: list[str], limit: int | None) -> tuple[dict, dict[str, float]]:
@@ -134,6 +141,7 @@ def describe(source: Source, model: TheWorldLM, args: argparse.Namespace) -> dic
             "limit": args.limit,
             "seed": args.seed,
             "batch size": args.batch_size,
+            "frames of a video": args.num_frames,
             "dtype": str(model.model.dtype).removeprefix("torch."),
             "device": torch.cuda.get_device_name(model.device) if cuda else model.device.type,
             "processes": model.world_size,
@@ -176,11 +184,12 @@ def evaluate(args: argparse.Namespace) -> None:
     names, output = choose(args.tasks, known_tasks(), "task"), args.output_dir.absolute()
     check_output(output, args.overwrite)
     source = download_source(args.model, None, ["*"])
-    arms = choose_arms(args.arms, source)
+    arms = {name: choose_arms(args.arms, source, shows_videos(name)) for name in names}
     tasks = load_tasks(names, args.data_dir)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    model = TheWorldLM(str(source.folder), seed=args.seed, batch_size=args.batch_size, device=device.type)
-    asked = {name: ask_arms(model, tasks[name], arms, args.limit) for name in names}
+    options = {"seed": args.seed, "num_frames": args.num_frames, "batch_size": args.batch_size}
+    model = TheWorldLM(str(source.folder), device=device.type, **options)
+    asked = {name: ask_arms(model, tasks[name], arms[name], args.limit) for name in names}
     if model.rank == 0:
         results = {name: {**score_task(answers), "seconds": seconds} for name, (answers, seconds) in asked.items()}
         report = {**describe(source, model, args), "tasks": results}
@@ -206,6 +215,13 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--limit", type=positive, metavar="N", help="ask the first N questions of each task (all)")
     add("--batch-size", type=positive, default=8, metavar="N", help="questions answered at once (%(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="which other pictures the arm shuffled shows (%(default)s)")
+    add(
+        "--num-frames",
+        type=positive,
+        default=NUM_FRAMES,
+        metavar="N",
+        help="frames that are read of a video, evenly (%(default)s)",
+    )
     add("--data-dir", type=Path, metavar="DIR", help="local datasets, each in DIR/ORG/NAME (the Hub's)")
     add("--overwrite", action="store_true", help="replace the contents of --output-dir")
     return parser.parse_args(arguments)

@@ -58,7 +58,7 @@ def find_letter(reply: str, choices: list[str]) -> str | None:
     patterns = (
         rf"^\W*([{letters}])\W*$",
         rf"[(\[`]([{letters}])[)\]`]",
-        rf"^\W*([{letters}])[).:,\n]",
+        rf"^\W*([{letters}])[).:\n]",
         rf"(?i:\b(?:answer|option|choice)\b(?:\s+is)?)\W*([{letters}])\b",
     )
     for pattern in patterns:
@@ -102,6 +102,11 @@ def find_length(reply: str, choices: list[str]) -> str | None:
     return only(lengths)
 
 
+def find_number(reply: str, choices: list[str]) -> str | None:
+    """The only number."""
+    return only([number.replace(",", "") for number in re.findall(r"\d+(?:,\d{3})*(?:\.\d+)?|\.\d+", reply)])
+
+
 def equal(parsed: str, expected: str) -> bool:
     return parsed == expected
 
@@ -117,20 +122,28 @@ def within_a_quarter(parsed: str, expected: str) -> bool:
     return abs(float(parsed) - float(expected)) <= 0.25 * float(expected)
 
 
+def mean_relative_accuracy(parsed: str, expected: str) -> float:
+    """VSI-Bench's: the share of ten limits, from 50 % to 5 %, that the relative error does not exceed."""
+    number, true = float(parsed), float(expected)
+    error = abs(number - true) / true if true else float(number != true)
+    return sum(error <= 1 - limit / 100 + 1e-9 for limit in range(50, 100, 5)) / 10
+
+
 Find = Callable[[str, list[str]], str | None]
-# A rule: how the answer is found, and when it is right.
-RULES: dict[str, tuple[Find, Callable[[str, str], bool]]] = {
+# A rule: how the answer is found, and its score, where True is 1.
+RULES: dict[str, tuple[Find, Callable[[str, str], float]]] = {
     "letter": (find_letter, equal),
     "word": (find_word, equal),
     "yes or no": (find_yes_or_no, equal),
     "region": (find_region, equal),
     "hour": (find_hour, within_an_hour),
     "length": (find_length, within_a_quarter),
+    "number": (find_number, mean_relative_accuracy),
 }
 
 
-def judge(reply: str, choices: list[str], expected: str, rule: str) -> tuple[str | None, bool]:
-    """The answer in a reply by a rule of `RULES`, and whether it is right."""
+def judge(reply: str, choices: list[str], expected: str, rule: str) -> tuple[str | None, float]:
+    """The answer in a reply by a rule of `RULES`, and its score from 0 to 1."""
     find, fits = RULES[rule]
     parsed = find(reply, choices)
-    return parsed, parsed is not None and fits(parsed, expected)
+    return parsed, 0.0 if parsed is None else float(fits(parsed, expected))

@@ -7,7 +7,7 @@ Pictures stay encoded, or paths or URLs, until their question is asked.
 
 import ast
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from itertools import cycle
 from pathlib import Path
@@ -22,7 +22,7 @@ from theworld.evaluation.judge import LETTERS, RULES, judge
 from theworld.evaluation.scenes import KINDS
 
 
-PLACEHOLDER = "<image>"
+IMAGE, VIDEO = "<image>", "<video>"
 SHUFFLE_SEED = 0  # so that the first N questions are of all categories, and the same for everyone
 LETTER_ONLY = "Answer with the option's letter from the given choices directly."
 BLINK_TASKS = (
@@ -64,6 +64,7 @@ class Question:
         id: Its name in the dataset.
         text: The prompt, after its pictures.
         images: Its pictures, in order: encoded files, paths, URLs or PIL images.
+        videos: Its videos instead: paths.
         choices: The possible answers, if they are listed.
         answer: The expected answer, as `rule` gives it.
         category: What the dataset says that it tests.
@@ -77,6 +78,7 @@ class Question:
     answer: str
     category: str
     rule: str
+    videos: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class Benchmark:
         read: Makes a row a `Question`; its second argument is the dataset's local folder, if it has one.
         configs: Configurations to join; empty for the default.
         files: The split's files, if the repo does not say.
+        videos: Whether it asks about videos, which must be in a local folder.
     """
 
     repo: str
@@ -95,6 +98,7 @@ class Benchmark:
     read: Callable[[dict, Path | None], Question]
     configs: tuple[str, ...] = ()
     files: str | None = None
+    videos: bool = False
 
 
 def letter_of(answer: str) -> str:
@@ -197,6 +201,19 @@ def read_spatialrgpt(row: dict, folder: Path | None) -> Question:
     return Question(row["id"], text, [{**row["image"], "regions": boxes}], [], expected, info["category"], rule)
 
 
+def read_vsibench(row: dict, folder: Path | None) -> Question:
+    """A video is `DATASET/SCENE.mp4` in the local folder, where the repo's zip files unpack it."""
+    video = Path(folder or "") / row["dataset"] / f"{row['scene_name']}.mp4"
+    if not video.is_file():
+        raise ValueError(f"There is no {video}. Unpack the zip files of {folder} there.")
+    options = row["options"] or []
+    rule, instruction = ("letter", LETTER_ONLY) if options else ("number", "Answer with a number only.")
+    text = "\n".join([row["question"], *options, instruction])
+    choices = [option.partition(". ")[2] for option in options]
+    answer = str(row["ground_truth"])
+    return Question(str(row["id"]), text, [], choices, answer, row["question_type"], rule, [str(video)])
+
+
 def read_scene(row: dict, folder: Path | None) -> Question:
     kind = row["kind"]
     return Question(row["id"], row["question"], [row["image"]], list(KINDS[kind]), row["answer"], kind, "word")
@@ -208,12 +225,15 @@ BENCHMARKS = {
     "embspatial": Benchmark("FlagEval/EmbSpatial-Bench", "test", read_embspatial),
     "mmsi_bench": Benchmark("RunsenXu/MMSI-Bench", "test", read_mmsi),
     "spatialrgpt_bench": Benchmark("a8cheng/SpatialRGPT-Bench", "val", read_spatialrgpt),
+    "vsibench": Benchmark("nyu-visionx/VSI-Bench", "test", read_vsibench, videos=True),
     "vsr": Benchmark("cambridgeltl/vsr_zeroshot", "test", read_vsr, files="test.jsonl"),
 }
 
 
-def find_dataset(repo: str, data_dir: str | None) -> tuple[str, Path | None]:
+def find_dataset(repo: str, data_dir: str | None, videos: bool) -> tuple[str, Path | None]:
     """Where `load_dataset` finds a dataset, and its local folder; raises a `ValueError` if `data_dir` lacks it."""
+    if data_dir is None and videos:
+        raise ValueError(f"{repo} has videos in zip files. Download and unpack it, and give --data-dir.")
     if data_dir is None:
         return repo, None
     folder = Path(data_dir) / repo
@@ -255,7 +275,7 @@ def load(name: str, data_dir: str | None = None, **_: Any) -> dict[str, Dataset]
         data_dir: A folder with local copies of datasets, each in a folder named like its Hub repo; None: the Hub.
     """
     benchmark = BENCHMARKS[name]
-    source, folder = find_dataset(benchmark.repo, data_dir)
+    source, folder = find_dataset(benchmark.repo, data_dir, benchmark.videos)
     files = {benchmark.split: benchmark.files} if benchmark.files else None
     parts = [
         load_dataset(source, config, split=benchmark.split, data_files=files) for config in benchmark.configs or [None]
@@ -282,13 +302,14 @@ def load_scenes(**_: Any) -> dict[str, Dataset]:
 
 
 def doc_to_text(doc: dict) -> str:
-    return PLACEHOLDER * len(doc["images"]) + doc["text"].replace(PLACEHOLDER, "")
+    text = doc["text"].replace(IMAGE, "").replace(VIDEO, "")
+    return IMAGE * len(doc["images"]) + VIDEO * len(doc["videos"]) + text
 
 
 def doc_to_image(doc: dict) -> list:
-    return doc["images"]
+    return doc["images"] or doc["videos"]
 
 
 def process_results(doc: dict, results: list[str]) -> dict[str, float]:
-    found, right = judge(results[0], doc["choices"], doc["answer"], doc["rule"])
-    return {"acc": float(right), "parsed": float(found is not None)}
+    found, score = judge(results[0], doc["choices"], doc["answer"], doc["rule"])
+    return {"acc": score, "parsed": float(found is not None)}

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import combinations
+from statistics import fmean, stdev
 
 
 ALL = "all"
@@ -21,17 +22,17 @@ class Answer:
         category: What kind of question it is.
         reply: What the model said.
         parsed: The answer in it; None if there is none.
-        right: Whether it is the expected one.
+        score: 1 if it is the expected one, 0 if not; between them for a number that is near.
     """
 
     id: str
     category: str
     reply: str
     parsed: str | None
-    right: bool
+    score: float
 
 
-def wilson_interval(right: int, total: int) -> tuple[float, float]:
+def wilson_interval(right: float, total: int) -> tuple[float, float]:
     """Wilson's 95 % confidence interval of a share."""
     share = right / total
     center = (share + Z**2 / (2 * total)) / (1 + Z**2 / total)
@@ -39,40 +40,55 @@ def wilson_interval(right: int, total: int) -> tuple[float, float]:
     return center - half, center + half
 
 
-def mcnemar(first_only: int, second_only: int) -> float:
-    """The p-value of McNemar's exact test, two-sided: of questions that one of two arms alone answers right."""
-    pairs = first_only + second_only
-    tail = sum(math.comb(pairs, k) for k in range(min(first_only, second_only) + 1))
+def normal_interval(values: list[float]) -> tuple[float, float]:
+    """The 95 % confidence interval of a mean, by the normal distribution."""
+    mean = fmean(values)
+    half = Z * (stdev(values) if len(values) > 1 else 0) / math.sqrt(len(values))
+    return mean - half, mean + half
+
+
+def mcnemar(first_better: int, second_better: int) -> float:
+    """The p-value of McNemar's exact test, two-sided: of questions that one of two arms answers better."""
+    pairs = first_better + second_better
+    tail = sum(math.comb(pairs, k) for k in range(min(first_better, second_better) + 1))
     return min(1.0, 2 * tail / 2**pairs)
 
 
-def compare(first: list[Answer], second: list[Answer]) -> dict:
+def paired_interval(differences: list[float]) -> tuple[float, float]:
     """
-    The difference of accuracy of two arms on the same questions, with its 95 % interval and the exact McNemar test.
+    The 95 % confidence interval of the mean of paired differences.
 
-    The interval is that of Bonett and Price (2012): Wald's, with one more pair of each discordant kind.
+    That of Bonett and Price (2012) if they are -1, 0 or 1: Wald's, with one more pair of each discordant kind.
     """
-    pairs = [(one.right, other.right) for one, other in zip(first, second, strict=True)]
-    total, first_only, second_only = len(pairs), pairs.count((True, False)), pairs.count((False, True))
-    gained, lost = (first_only + 1) / (total + 2), (second_only + 1) / (total + 2)
-    half = Z * math.sqrt((gained + lost - (gained - lost) ** 2) / (total + 2))
+    if not all(difference in (-1, 0, 1) for difference in differences):
+        return normal_interval(differences)
+    total = len(differences) + 2
+    gained, lost = (differences.count(1) + 1) / total, (differences.count(-1) + 1) / total
+    half = Z * math.sqrt((gained + lost - (gained - lost) ** 2) / total)
+    return max(-1.0, gained - lost - half), min(1.0, gained - lost + half)
+
+
+def compare(first: list[Answer], second: list[Answer]) -> dict:
+    """The difference of accuracy of two arms on the same questions, with its interval and McNemar's exact test."""
+    differences = [one.score - other.score for one, other in zip(first, second, strict=True)]
+    first_better, second_better = (sum(sign * each > 0 for each in differences) for sign in (1, -1))
     return {
-        "difference": (first_only - second_only) / total,
-        "interval": (max(-1.0, gained - lost - half), min(1.0, gained - lost + half)),
-        "first_only": first_only,
-        "second_only": second_only,
-        "p": mcnemar(first_only, second_only),
+        "difference": fmean(differences),
+        "interval": paired_interval(differences),
+        "first_better": first_better,
+        "second_better": second_better,
+        "p": mcnemar(first_better, second_better),
     }
 
 
 def count(answers: list[Answer]) -> dict:
-    """The accuracy of answers, with its 95 % interval; an unparsed answer is wrong."""
-    right = sum(answer.right for answer in answers)
+    """The accuracy of answers, with its 95 % interval: Wilson's, unless a score is between 0 and 1."""
+    scores = [answer.score for answer in answers]
+    binary = all(each in (0, 1) for each in scores)
     return {
-        "right": right,
-        "total": len(answers),
-        "accuracy": right / len(answers),
-        "interval": wilson_interval(right, len(answers)),
+        "total": len(scores),
+        "accuracy": fmean(scores),
+        "interval": wilson_interval(sum(scores), len(scores)) if binary else normal_interval(scores),
         "unparsed": sum(answer.parsed is None for answer in answers),
     }
 
@@ -127,13 +143,13 @@ def accuracy_table(arms: dict[str, dict]) -> list[str]:
 def difference_table(differences: list[dict]) -> list[str]:
     """A row for each pair of arms."""
     return rows(
-        ["", "difference", "only the first is right", "only the second is right", "p"],
+        ["", "difference", "the first is better", "the second is better", "p"],
         (
             [
                 f"{each['first']} - {each['second']}",
                 percent(each["difference"], each["interval"], "+"),
-                str(each["first_only"]),
-                str(each["second_only"]),
+                str(each["first_better"]),
+                str(each["second_better"]),
                 f"{each['p']:.2g}",
             ]
             for each in differences
@@ -146,7 +162,7 @@ def page(report: dict) -> str:
     lines = [
         f"# {report['model']}",
         "",
-        "Accuracy in percent with 95 % (Wilson) intervals. An unparsed answer is wrong.",
+        "Accuracy in percent with 95 % intervals. An unparsed answer is wrong.",
     ]
     for task, result in report["tasks"].items():
         lines += ["", f"## {task}", "", *accuracy_table(result["arms"])]

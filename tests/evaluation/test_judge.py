@@ -25,6 +25,7 @@ LETTERS = {
     "The lamp.": "B",
     "It is (B), because (B) is near.": "B",
     "(A) or (B)": None,
+    "A, B and C": None,
     "A lamp stands there": None,
     "D": None,
     "": None,
@@ -59,6 +60,10 @@ OTHERS = [
     ("length", "35.9 inches wide", "0.91186", "0.91186", True),
     ("length", "1.5", "1.5", None, False),
     ("length", "1 m or 2 m", "1", None, False),
+    ("number", "About 1,200.", "1200", "1200", 1),
+    ("number", "3 chairs", "4", "3", 0.6),
+    ("number", "3 or 4", "4", None, 0),
+    ("number", "0", "4", "0", 0),
 ]
 
 
@@ -80,7 +85,7 @@ def test_intervals_are_the_published_ones():
 
 
 def make_answers(right: str) -> list[Answer]:
-    return [Answer(str(n), "ab"[n % 2], "", None if c == "?" else "x", c == "1") for n, c in enumerate(right)]
+    return [Answer(str(n), "ab"[n % 2], "", None if c == "?" else "x", float(c == "1")) for n, c in enumerate(right)]
 
 
 def test_arms_are_compared_on_the_same_questions():
@@ -89,7 +94,19 @@ def test_arms_are_compared_on_the_same_questions():
     assert [result["arms"][arm]["all"]["unparsed"] for arm in ("world", "neither")] == [1, 1]
     assert result["arms"]["world"]["a"]["accuracy"] == pytest.approx(2 / 3)
     (difference,) = result["differences"]
-    assert (difference["first_only"], difference["second_only"], difference["p"]) == (2, 0, 0.5)
+    assert (difference["first_better"], difference["second_better"], difference["p"]) == (2, 0, 0.5)
     assert difference["difference"] == pytest.approx(2 / 6)
     backward = compare(second, first)["interval"]
     assert difference["interval"] == pytest.approx((-backward[1], -backward[0]))
+
+
+SCORES = (0.6, 0.4, 0.8), (0.3, 0.3, 0.3)
+HALF = 1.96 * 0.2 / 3**0.5
+
+
+def test_scores_between_0_and_1_have_normal_intervals():
+    first, second = ([Answer(str(n), "a", "", "x", score) for n, score in enumerate(scores)] for scores in SCORES)
+    result = score_task({"world": first, "neither": second})
+    assert result["arms"]["world"]["all"]["interval"] == pytest.approx((0.6 - HALF, 0.6 + HALF))
+    assert result["differences"][0]["interval"] == pytest.approx((0.3 - HALF, 0.3 + HALF))
+    assert result["differences"][0]["p"] == 0.25

@@ -6,8 +6,11 @@ from io import BytesIO
 from itertools import count
 from pathlib import Path
 
+import numpy as np
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as Pictures
+
+from tests.helpers.films import write_film
 
 
 def pictures() -> Iterator[Pictures.Image]:
@@ -162,3 +165,28 @@ def write_vsr(folder: Path) -> None:
         lines.append(json.dumps({**row, "caption": f"The cat is {relation} the bed.", **validators}) + "\n")
     for split in ("train", "dev", "test"):
         (folder / f"{split}.jsonl").write_text("".join(lines))
+
+
+VIDEO_QUESTIONS = (
+    ("object_counting", "How many chair(s) are in this room?", None, "4"),
+    ("room_size_estimation", "What is the size of this room (in square meters)?", None, "23.5"),
+    ("object_rel_distance", "Which object is the closest?", ["A. bed", "B. lamp", "C. door", "D. sofa"], "B"),
+    ("object_rel_direction_hard", "Where is the lamp?", ["A. left", "B. right", "C. back"], "C"),
+)
+
+
+def write_vsibench(folder: Path) -> None:
+    """Also the videos, as the repo's zip files unpack them; they differ in length and size."""
+    strings = ("dataset", "scene_name", "question_type", "question", "ground_truth")
+    features = {"id": Value("int64"), "options": List(Value("string"))} | {name: Value("string") for name in strings}
+    rows = []
+    for number, (kind, question, options, answer) in enumerate(VIDEO_QUESTIONS):
+        row = {"id": number, "dataset": "scannet", "scene_name": f"scene{number}", "question_type": kind}
+        rows.append({**row, "question": question, "options": options, "ground_truth": answer})
+        length, width = 6 + number, 64 + 16 * number
+        frames = [np.full((64, width, 3), 20 * each + number, dtype=np.uint8) for each in range(length)]
+        film = write_film(frames, [each / 8 for each in range(length)])
+        (folder / "scannet").mkdir(parents=True, exist_ok=True)
+        (folder / "scannet" / f"scene{number}.mp4").write_bytes(film)
+    write_parquet(rows, features, folder / "test.parquet")
+    write_card(folder, {"full": ("test", "test.parquet")})

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.harness
 pytest.importorskip("lm_eval")
 
 from theworld.evaluation import arms, evaluate, questions  # noqa: E402
-from theworld.evaluation.arms import ARMS, TheWorldLM  # noqa: E402
+from theworld.evaluation.arms import ARMS, WITHOUT_VISION, TheWorldLM  # noqa: E402
 
 
 def run(model: Path, output: Path, *options: str | Path) -> dict:
@@ -40,6 +41,7 @@ WRITERS = {
     "embspatial": replicas.write_embspatial,
     "mmsi_bench": replicas.write_mmsi,
     "spatialrgpt_bench": replicas.write_spatialrgpt,
+    "vsibench": replicas.write_vsibench,
     "vsr": replicas.write_vsr,
 }
 CATEGORIES = {
@@ -48,6 +50,7 @@ CATEGORIES = {
     "embspatial": {"above", "under", "left", "right"},
     "mmsi_bench": {"MSR", "Motion (Cam.)", "Positional Relationship (Cam.–Obj.)"},
     "spatialrgpt_bench": {"below_predicate", "left_choice", "width_data", "direction"},
+    "vsibench": {kind for kind, *_ in replicas.VIDEO_QUESTIONS},
     "vsr": {"projective", "topological", "orientation", "unallocated"},
 }
 REPLIES = {
@@ -56,6 +59,7 @@ REPLIES = {
     "region": "Region [{}]",
     "hour": "{} o'clock",
     "length": "{} m",
+    "number": "{}",
 }
 
 
@@ -70,10 +74,12 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("task", WRITERS)
 def test_a_benchmark_runs_in_every_arm(task, data, convert_whole, tmp_path):
-    report = run(convert_whole(), tmp_path / "out", "--tasks", task, "--data-dir", data, "--limit", "3")
+    options = ["--tasks", task, "--data-dir", data, "--limit", "3", "--num-frames", "5"]
+    report = run(convert_whole(), tmp_path / "out", *options)
+    of_task = list(WITHOUT_VISION if task == "vsibench" else ARMS)
     result = report["tasks"][task]
-    assert list(result["arms"]) == list(result["seconds"]) == list(ARMS)
-    assert len(result["differences"]) == 10
+    assert list(result["arms"]) == list(result["seconds"]) == of_task
+    assert len(result["differences"]) == len(of_task) * (len(of_task) - 1) / 2
     for scores in result["arms"].values():
         assert scores["all"]["total"] == 3 and scores.keys() - {"all"} <= CATEGORIES[task]
 
@@ -85,26 +91,34 @@ def test_the_expected_answers_are_right(task, data, convert_whole, tmp_path, mon
     def answer(model, requests, pictures):
         if model.arm == "neither":
             return [""] * len(requests)
-        opened = [[questions.open_picture(picture) for picture in each] for each in pictures]
-        model.encode([request.args[0] for request in requests], pictures, room=1)
-        assert all(request.doc["text"].splitlines()[0] in request.args[0] for request in requests) and all(opened)
+        videos = task == "vsibench"
+        inputs = model.encode([request.args[0] for request in requests], pictures, room=1, videos=videos)
+        assert ("pixel_values_videos" if videos else "pixel_values") in inputs
+        assert all(request.doc["text"].splitlines()[0] in request.args[0] for request in requests)
         return [REPLIES[request.doc["rule"]].format(request.doc["answer"]) for request in requests]
 
     monkeypatch.setattr(TheWorldLM, "answer", answer)
-    report = run(convert_whole(), tmp_path / "out", "--tasks", task, "--data-dir", data, "--arms", "both,neither")
-    assert report["tasks"][task]["arms"]["both"].keys() - {"all"} == CATEGORIES[task]
-    both, neither = (report["tasks"][task]["arms"][arm]["all"] for arm in ("both", "neither"))
-    assert (both["accuracy"], both["unparsed"]) == (1, 0)
+    report = run(convert_whole(), tmp_path / "out", "--tasks", task, "--data-dir", data, "--arms", "world,neither")
+    assert report["tasks"][task]["arms"]["world"].keys() - {"all"} == CATEGORIES[task]
+    world, neither = (report["tasks"][task]["arms"][arm]["all"] for arm in ("world", "neither"))
+    assert (world["accuracy"], world["unparsed"]) == (1, 0)
     assert (neither["accuracy"], neither["unparsed"]) == (0, neither["total"])
 
 
-def test_a_missing_dataset_is_named_with_its_download(convert_whole, tmp_path, capsys):
-    words = ["--model", str(convert_whole()), "--tasks", "vsr", "--data-dir", str(tmp_path), "--output-dir"]
-    assert evaluate.main([*words, str(tmp_path / "out")]) == 1
-    assert (
-        "has no cambridgeltl/vsr_zeroshot. Omit --data-dir, or download it with `hf download"
-        in capsys.readouterr().err
-    )
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (["vsr", "--data-dir", "here"], "has no cambridgeltl/vsr_zeroshot. Omit --data-dir, or download it with `hf "),
+        (["vsibench"], "nyu-visionx/VSI-Bench has videos in zip files. Download and unpack it, and give --data-dir."),
+        (["vsibench", "--data-dir", "zipped"], "There is no zipped/nyu-visionx/VSI-Bench/scannet/scene"),
+    ],
+)
+def test_a_missing_dataset_is_named_with_its_download(options, error, tmp_path, monkeypatch, capsys):
+    replicas.write_vsibench(tmp_path / "zipped" / "nyu-visionx" / "VSI-Bench")
+    shutil.rmtree(tmp_path / "zipped" / "nyu-visionx" / "VSI-Bench" / "scannet")
+    monkeypatch.chdir(tmp_path)
+    assert evaluate.main(["--model", str(ROOT), "--output-dir", "out", "--tasks", *options]) == 1
+    assert error in capsys.readouterr().err.splitlines()[-1]
 
 
 # Arms
@@ -179,12 +193,11 @@ def test_an_answer_ends_with_the_turn(model, monkeypatch):
     [
         (["--tasks", "chess"], "There is no task 'chess'. Choose from blink, cv_bench, embspatial, "),
         (["--arms", "world,ears"], "There is no arm 'ears'. Choose from both, world, vision, neither, shuffled."),
-        (
-            ["--arms", "world,both"],
-            "has no `vision_config`, so it has no arm 'both'. Choose from world, neither, shuffled.",
-        ),
+        (["--arms", "both"], "has no `vision_config`. Choose from world, neither, shuffled."),
+        (["--tasks", "vsibench", "--arms", "vision"], "the tower does not read videos. Choose from world, neither, "),
         (["--limit", "0"], "argument --limit: must be a whole number of 1 or more, got '0'"),
         (["--model", "adapter"], "adapter is an adapter. Merge it first: `theworld merge adapter --output-dir DIR`."),
+        (["--model", "gemma"], "gemma is a gemma3 model, not a TheWorld. Convert it with `theworld convert`."),
         (["--output-dir", "full"], "exists and holds something. Choose another --output-dir, or pass --overwrite."),
     ],
 )
@@ -194,6 +207,8 @@ def test_bad_options_are_refused_before_work(options, error, tmp_path, monkeypat
     for folder, file in (("adapter", "adapter_config.json"), ("full", "notes.txt")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / file).touch()
+    (tmp_path / "gemma").mkdir()
+    (tmp_path / "gemma" / "config.json").write_text(json.dumps({"model_type": "gemma3"}))
     words = ["--model", str(ROOT), "--tasks", "theworld_scenes", "--output-dir", "out", *options]
     assert evaluate.main(words) == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
