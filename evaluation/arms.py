@@ -98,6 +98,8 @@ class TheWorldLM(HFMultimodalLM):
         self, pretrained: str, arm: str | None = None, seed: int = 0, num_frames: int = NUM_FRAMES, **kwargs: Any
     ) -> None:
         super().__init__(pretrained, **{"trust_remote_code": True, **kwargs})
+        if (accelerator := getattr(self, "accelerator", None)) is not None:  # lm-eval's are of one node with GPUs
+            self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
         self.arm = arm or arms_of(self.config)[0]
         self.seed = seed
         self.num_frames = num_frames

@@ -3,12 +3,13 @@
 Scores a checkpoint on tasks, with and without each of its arms, on lm-eval's engine: the command `theworld evaluate`.
 
     theworld evaluate --model MODEL --tasks theworld_scenes --output-dir DIR
-    accelerate launch -m theworld.cli evaluate ...      each process answers a share of the questions
+    torchrun --nproc-per-node 2 -m theworld.cli evaluate ...    each process answers a share of the questions
 """
 
 import argparse
 import json
 import logging
+import os
 import platform
 import subprocess
 import sys
@@ -79,9 +80,9 @@ def shows_videos(task: str) -> bool:
     return task in BENCHMARKS and BENCHMARKS[task].videos
 
 
-def load_tasks(names: list[str], data_dir: Path | None) -> dict[str, Task]:
+def load_tasks(names: list[str], data_dir: Path | None, limit: int | None) -> dict[str, Task]:
     """lm-eval's tasks, with their questions."""
-    metadata = {"data_dir": None if data_dir is None else str(data_dir)}
+    metadata = {"data_dir": None if data_dir is None else str(data_dir), "limit": limit}
     return TaskManager(include_path=TASKS, include_defaults=False, metadata=metadata).load(names)["tasks"]
 
 
@@ -185,8 +186,10 @@ def evaluate(args: argparse.Namespace) -> None:
     check_output(output, args.overwrite)
     source = download_source(args.model, None, ["*"])
     arms = {name: choose_arms(args.arms, source, shows_videos(name)) for name in names}
-    tasks = load_tasks(names, args.data_dir)
+    tasks = load_tasks(names, args.data_dir, args.limit)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    if device.type == "cpu":  # else processes do not find each other
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
     options = {"seed": args.seed, "num_frames": args.num_frames, "batch_size": args.batch_size}
     model = TheWorldLM(str(source.folder), device=device.type, **options)
     asked = {name: ask_arms(model, tasks[name], arms[name], args.limit) for name in names}

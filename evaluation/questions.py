@@ -284,10 +284,16 @@ def load(name: str, data_dir: str | None = None, **_: Any) -> dict[str, Dataset]
     return {"test": as_questions(dataset, benchmark.read, folder)}
 
 
-def load_scenes(**_: Any) -> dict[str, Dataset]:
-    """Held-out questions about scenes, one of each kind after the other, for a task file's `custom_dataset`."""
-    sorted_by_kind = held_out_cases(QUESTIONS_PER_KIND)
-    cases = [case for number in range(QUESTIONS_PER_KIND) for case in sorted_by_kind[number::QUESTIONS_PER_KIND]]
+def load_scenes(limit: int | None = None, **_: Any) -> dict[str, Dataset]:
+    """
+    Held-out questions about scenes, one of each kind after the other, for a task file's `custom_dataset`.
+
+    Args:
+        limit: How many are needed; None: all, `QUESTIONS_PER_KIND` of each kind.
+    """
+    per_kind = min(QUESTIONS_PER_KIND, -(-(limit or len(KINDS) * QUESTIONS_PER_KIND) // len(KINDS)))
+    sorted_by_kind = held_out_cases(per_kind)
+    cases = [case for number in range(per_kind) for case in sorted_by_kind[number::per_kind]]
     columns = {
         "id": [f"{case.question.kind} {number // len(KINDS)}" for number, case in enumerate(cases)],
         "image": [case.seen for case in cases],

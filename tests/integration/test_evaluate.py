@@ -226,8 +226,8 @@ def run_docs_command(word: str, *options: str | Path) -> None:
 
 def test_the_docs_commands_take_their_options():
     found = [line for each in snippets("docs/evaluation.md", "bash") for line in each.commands]
-    evaluated = [shlex.split(line)[2:] for line in found if line.startswith("theworld evaluate ")]
-    assert len(evaluated) >= 3
+    evaluated = [shlex.split(line.split(" evaluate ")[1]) for line in found if " evaluate " in line]
+    assert len(evaluated) == 4
     for words in evaluated:
         arguments = evaluate.parse_arguments(words)
         assert evaluate.choose(arguments.tasks, evaluate.known_tasks(), "task")
@@ -251,6 +251,25 @@ def test_a_repeated_run_has_the_same_table(tmp_path):
     assert world_and_neither["p"] < 1e-10 and world_and_neither["interval"][0] > 0.4
 
 
+def test_two_processes_give_the_answers_of_one(tmp_path):
+    options = ["--model", ROOT, "--tasks", "theworld_scenes", "--arms", "neither,world", "--limit", "9"]
+    run(*options[1:2], tmp_path / "one", *options[2:])
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "theworld.cli",
+        "evaluate",
+    ]
+    subprocess.run([*launcher, *options, "--output-dir", tmp_path / "two"], cwd=ROOT, check=True, timeout=600)
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
+    assert (one["settings"]["processes"], two["settings"]["processes"]) == (1, 2)
+    assert (tmp_path / "one" / "answers.jsonl").read_bytes() == (tmp_path / "two" / "answers.jsonl").read_bytes()
+
+
 def test_lm_evals_own_command_counts_the_same(tmp_path):
     run_docs_command("lm_eval --model", "--device", "cpu", "--output_path", tmp_path)
     (report,) = tmp_path.rglob("results_*.json")
@@ -260,9 +279,10 @@ def test_lm_evals_own_command_counts_the_same(tmp_path):
     assert round(right * total) == stated
 
 
-def test_the_first_scenes_ask_every_kind(monkeypatch):
-    monkeypatch.setattr(questions, "QUESTIONS_PER_KIND", 2)
-    asked = list(questions.load_scenes()["test"])
+def test_the_first_scenes_ask_every_kind():
+    """The same ones, however many are needed."""
+    asked, more = (list(questions.load_scenes(limit=limit)["test"]) for limit in (18, 40))
+    assert [question["text"] for question in asked] == [question["text"] for question in more[:18]] and len(more) == 45
     assert [question["category"] for question in asked] == 2 * list(questions.KINDS)
     assert len({question["id"] for question in asked}) == 18
     assert all(question["images"][0].size == (64, 64) for question in asked)
