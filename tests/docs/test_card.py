@@ -223,7 +223,7 @@ def test_the_table_of_versions_is_that_of_the_environments():
 def options(capsys) -> dict[str, set[str]]:
     """The options of each subcommand of `theworld`."""
     # It needs lm-eval.
-    found = {"evaluate": set(re.findall(r'add\("(--[\w-]+)"', read("evaluation/evaluate.py")))}
+    found = {"evaluate": set(re.findall(r'add\(\s*"(--[\w-]+)"', read("evaluation/evaluate.py")))}
     for command in cli.COMMANDS:
         if command not in ("app", "evaluate"):  # the first has none, and needs gradio
             capsys.readouterr()
