@@ -239,7 +239,9 @@ class TheWorldProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self._pixel_limits()  # checks the settings
         # Frames are processed as images, because transformers' video processors need torchvision.
-        self.video_processor = self.image_processor
+        self.video_processor = copy.copy(self.image_processor)
+        # vLLM gives the times of frames to processors that sample them.
+        self.video_processor.do_sample_frames, self.video_processor.fps = True, fps
 
     @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> tuple[dict, dict]:

@@ -336,6 +336,53 @@ def test_converted_checkpoints_are_served_to_the_token(convert, scenes, tmp_path
             assert ours(address, message) == theirs(message)
 
 
+def write_film(path: Path, count: int, width: int, height: int) -> Path:
+    """An MP4 of moving noise at 12 frames per second; vLLM's environment has no PyAV."""
+    import cv2
+
+    film = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 12, (width, height))
+    generator = np.random.default_rng(0)
+    for _ in range(count):
+        film.write(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
+    film.release()
+    return path
+
+
+def greedy_about_films(folder: Path, question: str, films: list[Path]) -> list[int]:
+    """The greedy tokens of transformers for the frames that vLLM reads of each film."""
+    from vllm.multimodal.media.image import ImageMediaIO
+    from vllm.multimodal.media.video import VideoMediaIO
+
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    loader = VideoMediaIO(ImageMediaIO())
+    frames, metadata = zip(*(loader.load_bytes(film.read_bytes()).media for film in films), strict=True)
+    content = [*({"type": "video"} for _ in films), {"type": "text", "text": question}]
+    inputs = processor(
+        text=processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True),
+        videos=list(frames),
+        video_metadata=list(metadata),
+        do_sample_frames=metadata[0]["do_sample_frames"],
+        return_tensors="pt",
+    )
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_TOKENS)
+    return output[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def test_images_and_videos_of_any_shape_are_served_to_the_token(convert, scenes, tmp_path):
+    folder, question = convert("gemma2", "--max-pixels", "8192"), "what is it?"
+    theirs, (wide, tall) = greedy(folder), (scenes[0].image.resize((200, 80)), scenes[1].image.resize((40, 110)))
+    films = [write_film(tmp_path / f"{count}.mp4", count, *size) for count, size in ((20, (96, 40)), (9, (40, 104)))]
+    urls = ["data:video/mp4;base64," + base64.b64encode(film.read_bytes()).decode() for film in films]
+    of_videos = [{"type": "video_url", "video_url": {"url": url}} for url in urls]
+    with serve_vllm(folder, tmp_path, "--dtype", "float32", "--enforce-eager") as (address, _):
+        for message in ([wide, question], [tall, "and", wide, "which?"], [scenes[2].image, question]):
+            assert ours(address, message) == theirs(message)
+        for some in (slice(1), slice(2)):
+            expected = greedy_about_films(folder, question, films[some])
+            assert ours(address, [*of_videos[some], {"type": "text", "text": question}]) == expected
+
+
 def test_a_bidirectional_checkpoint_is_not_served(convert, tmp_path):
     folder = convert("gemma2", "--world-attention", "bidirectional")
     with (
