@@ -9,7 +9,7 @@ from torch import nn
 from transformers.utils import torch_compilable_check
 
 from .configuration_theworld import TheWorldEncoderConfig
-from .sizes_theworld import map_by_shape
+from .padding_theworld import map_by_shape
 from .validation_theworld import check_floating
 from .wan_blocks_theworld import use_frame_modules
 
@@ -86,7 +86,7 @@ class TheWorldEncoder(nn.Module):
         """
         if isinstance(pixel_values, list) and all(isinstance(each, torch.Tensor) for each in pixel_values):
             return map_by_shape(self.encode, pixel_values)  # in one call, because FSDP gathers the weights for each
-        return self.encode(pixel_values, cache)
+        return self.encode(pixel_values, cache)  # type: ignore[arg-type] # other lists are rejected there
 
     def encode(self, pixel_values: torch.Tensor, cache: VideoCache | None = None) -> torch.Tensor:
         """Latents of images or videos of one size; see `forward`."""

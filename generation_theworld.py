@@ -66,7 +66,9 @@ class TheWorldGenerationMixin(GenerationMixin):
             return masks
         return create_masks_for_generate(config, inputs_embeds, attention_mask, cache=cache, position_ids=position_ids)
 
-    def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict) -> dict:
+    def _prepare_multimodal_encoder_kwargs_for_generation(  # type: ignore[override] # transformers returns a dict too
+        self, model_kwargs: dict
+    ) -> dict:
         """Encodes nothing yet: `_expand_inputs_for_generation` does, because latents have sizes as pixels have."""
         return model_kwargs
 
@@ -116,7 +118,7 @@ class TheWorldGenerationMixin(GenerationMixin):
             mask = self.model.get_placeholder_mask(prompts, inputs_embeds, features, modality)
             check_placeholders_contiguous(mask[..., 0], lengths_of(features), modality)
             by_prompt = split_by_prompt(features, mask.sum((1, 2)).tolist())
-            repeated = [item for items in by_prompt for item in items * times]
+            repeated: Any = [item for items in by_prompt for item in items * times]
             repeated = torch.stack(repeated) if isinstance(features, torch.Tensor) else repeated
             outputs[modality.name] = BaseModelOutputWithPooling(pooler_output=repeated)
         return outputs
@@ -124,7 +126,8 @@ class TheWorldGenerationMixin(GenerationMixin):
 
 def split_by_prompt(features: Iterable[torch.Tensor], counts: list[int]) -> list[list[torch.Tensor]]:
     """The items [N_i, D] of each prompt, whose number of placeholders is given by `counts`."""
-    waiting, prompts = iter(features), []
+    waiting = iter(features)
+    prompts: list[list[torch.Tensor]] = []
     for count in counts:
         prompts.append([])
         while count > 0:

@@ -1,8 +1,14 @@
 # Copyright 2026 The TheWorld developers. Licensed under the Apache License, Version 2.0.
-"""Images in whatever form they come, to sRGB as a viewer shows them: upright, in 8 bits, on a white page."""
+"""
+Reads an image in any form as sRGB, as a viewer shows it: upright, with 8 bits, on a white page.
+
+And finds the size to which it is resized if it keeps its shape.
+"""
 
 import base64
+import math
 import os
+from collections.abc import Mapping, Sequence
 from http.client import HTTPException
 from io import BytesIO
 from typing import Any
@@ -12,6 +18,7 @@ from urllib.request import Request, url2pathname, urlopen
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
+from transformers.image_processing_utils import get_size_dict
 
 
 IMAGE_FORMS = "a PIL image, a uint8 array or tensor, a path, a URL or base64 text"
@@ -181,3 +188,61 @@ def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     if transparent:
         converted.putalpha(transparent.getchannel("A"))
     return converted
+
+
+def read_pixel_limits(size: Mapping | int | Sequence[int]) -> tuple[int, int] | None:
+    """
+    The least and the most pixels of `size={"shortest_edge": least, "longest_edge": most}`; None for any other `size`.
+
+    Both are areas, as in Qwen's image processors.
+
+    Raises:
+        ValueError: If the two are not positive or not in ascending order.
+    """
+    given = get_size_dict(size, default_to_square=False, param_name="size")
+    if not {"shortest_edge", "longest_edge"} <= {name for name, value in given.items() if value is not None}:
+        return None
+    least, most = given["shortest_edge"], given["longest_edge"]
+    if not 0 < least <= most:
+        raise ValueError(
+            "`size` must give the least and the most pixels of an image as `shortest_edge` and `longest_edge`, with "
+            f"0 < shortest_edge <= longest_edge, got {dict(given)}."
+        )
+    return least, most
+
+
+def fit_size(height: int, width: int, patch_size: int, least: int, most: int) -> tuple[int, int]:
+    """
+    The size to resize an image of `height` x `width` to, so that its shape is kept.
+
+    Both sides are multiples of `patch_size`, and among the multiples around the exact size, those with the nearest
+    aspect ratio are taken. An image of `least` to `most` pixels changes no more than this needs. A narrow image is
+    enlarged until its shorter side is one patch.
+
+    Raises:
+        ValueError: If the image is too narrow for `most` pixels.
+    """
+    area = height * width
+    scale = math.sqrt(min(max(area, least), most) / area)
+    scale = max(scale, patch_size / min(height, width))
+    rows, columns = height * scale / patch_size, width * scale / patch_size
+    allowed = [(r, c) for r in neighbors(rows) for c in neighbors(columns) if r * c * patch_size**2 <= most]
+    if not allowed:
+        raise ValueError(
+            f"An image of {height}x{width} pixels (height x width) cannot keep its shape with at most {most:,} pixels "
+            f"and sides that are multiples of {patch_size}. Crop it, or allow more pixels by `size['longest_edge']`; "
+            "for a video, also by `max_video_pixels` or fewer frames."
+        )
+
+    def misfit(size: tuple[int, int]) -> tuple[bool, float, float]:
+        pixels, ratio = size[0] * size[1] * patch_size**2, size[0] / size[1]
+        wanted = rows * columns * patch_size**2
+        return pixels < least, abs(math.log(ratio * width / height)), abs(math.log(pixels / wanted))
+
+    rows, columns = min(allowed, key=misfit)
+    return rows * patch_size, columns * patch_size
+
+
+def neighbors(number: float) -> list[int]:
+    """The integers around a number, at least 1."""
+    return sorted({max(1, math.floor(number)), max(1, math.ceil(number))})

@@ -58,7 +58,7 @@ from .modalities_theworld import (
     lengths_of,
     shown_lengths,
 )
-from .sizes_theworld import map_by_shape, unpad
+from .padding_theworld import map_by_shape, unpad
 from .validation_theworld import check_floating, check_labels, check_latents, check_prompts
 from .versions_theworld import CACHE_NAME, accepts_past_key_values, takes_cache
 
@@ -431,9 +431,12 @@ class TheWorldModel(TheWorldPreTrainedModel):
         check_latents(world_latents)
         if sizes is not None:
             world_latents = self._unpad(world_latents, sizes, latents=True)
-        several = isinstance(world_latents, list | tuple)
-        tokens = map_by_shape(self._project, world_latents) if several else self._project(world_latents)
-        return BaseModelOutputWithPooling(last_hidden_state=world_latents, pooler_output=tokens)
+        tokens: Any  # both outputs are lists if `world_latents` is
+        if isinstance(world_latents, list | tuple):
+            tokens = map_by_shape(self._project, world_latents)
+        else:
+            tokens = self._project(world_latents)
+        return BaseModelOutputWithPooling(last_hidden_state=cast(Any, world_latents), pooler_output=tokens)
 
     def _project(self, world_latents: torch.Tensor) -> torch.Tensor:
         """World tokens [items, N, D] of images or videos of one size."""
@@ -650,7 +653,7 @@ class TheWorldModel(TheWorldPreTrainedModel):
         """
         for modality in self.modalities:
             if modality.name not in tokens:
-                blank = self.encode_modalities(None, **self.make_blank(modality, inputs_embeds))[modality.name]
+                [blank] = self.encode_modalities(None, **self.make_blank(modality, inputs_embeds))[modality.name]
                 inputs_embeds = inputs_embeds + blank.flatten()[:0].sum()  # zero, and so is its gradient
         return inputs_embeds
 

@@ -25,10 +25,9 @@ from transformers.processing_utils import ImagesKwargs, MultiModalData, Processi
 from transformers.utils import PROCESSOR_NAME
 from transformers.video_utils import VideoInput, VideoMetadataType
 
-from .images_theworld import read_images
+from .images_theworld import fit_size, read_images, read_pixel_limits
 from .modalities_theworld import VISION_TYPE, WORLD_TYPE
-from .padding_theworld import without_shared_settings
-from .sizes_theworld import fit_size, pad_together, read_pixel_limits
+from .padding_theworld import pad_together, without_shared_settings
 from .validation_theworld import check_conversation, check_text
 from .videos_theworld import (
     Clip,
@@ -636,11 +635,15 @@ class TheWorldProcessor(ProcessorMixin):
         if image_sizes is not None:
             limits = self._pixel_limits(**kwargs)
             data.num_image_tokens = [
-                self._num_world_tokens(1, *self._resized(*size, limits, **kwargs)) for size in image_sizes
+                self._num_world_tokens(1, *self._resized(height, width, limits, **kwargs))
+                for height, width in image_sizes
             ]
             data.num_image_patches = [1] * len(image_sizes)
         if video_sizes is not None:
-            data.num_video_tokens = [self._num_video_tokens(*size, **kwargs) for size in video_sizes]
+            data.num_video_tokens = [
+                self._num_video_tokens(num_frames, height, width, **kwargs)
+                for num_frames, height, width in video_sizes
+            ]
         return data
 
     def _num_video_tokens(

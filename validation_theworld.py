@@ -145,10 +145,10 @@ def check_latents(latents: torch.Tensor | list[torch.Tensor]) -> None:
         TypeError: If they are not a floating-point tensor.
         ValueError: If some values are NaN or infinite, or the list is empty.
     """
-    several = isinstance(latents, list | tuple)
-    if several and not latents:
+    items = latents if isinstance(latents, list | tuple) else [latents]
+    if not items:
         raise ValueError("`world_latents` is an empty list. Give the latents of at least one image or video.")
-    for each in latents if several else [latents]:
+    for each in items:
         check_floating(each, "`world_latents` must be a floating-point tensor", "`get_world_latents` returns one.")
         torch_compilable_check(
             each.isfinite().all(),

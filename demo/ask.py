@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import cast
 
 import torch
 from PIL import Image
@@ -112,7 +113,7 @@ def encode(model: TheWorldForConditionalGeneration, processor: TheWorldProcessor
     with times.stage("process the picture"):
         pixels = make_inputs(processor, seen, "")[pixel_values]
     with times.stage("encode the picture"), torch.no_grad():
-        latents = model.get_world_latents(pixels)
+        latents = cast(torch.Tensor, model.get_world_latents(pixels))  # no list, because all have one size
     frames = f"{seen.num_frames} frames of " if seen.modality is VIDEO else ""
     print(f"Picture   {frames}{seen.picture.width}x{seen.picture.height} pixels, read as {list(pixels.shape)}")
     print(f"Latents   {list(latents.shape)}, {latents.dtype}")

@@ -134,7 +134,6 @@ def test_the_folder_is_a_complete_model_repo(checkpoint):
         "processing_theworld.py",
         "processor_config.json",
         "modalities_theworld.py",
-        "sizes_theworld.py",
         "tokenizer.json",
         "tokenizer_config.json",
         "versions_theworld.py",

@@ -15,7 +15,8 @@ from transformers import AutoProcessor, pipeline
 
 from tests.helpers.modeling import gemmas_inputs, generate, logits_of
 from theworld import TheWorldForConditionalGeneration, TheWorldProcessor
-from theworld.sizes_theworld import fit_size, pad_together, unpad
+from theworld.images_theworld import fit_size
+from theworld.padding_theworld import pad_together, unpad
 
 
 LIMITS = {"shortest_edge": 64, "longest_edge": 512 * 512}
