@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 import torch
 import transformers
 
-from .encoder import measure_memory, measure_speed
+from .encoder import measure_memory, measure_shapes, measure_speed
 from .language import Stages, measure_language
 from .loading import measure_files, measure_processing, measure_start
 from .measure import Row
@@ -91,7 +91,7 @@ def main() -> None:
         rows.append(as_json(row))
         print(as_table(rows).splitlines()[-1], flush=True)
 
-    for measure in (measure_speed, measure_memory, measure_files, measure_processing, measure_start):
+    for measure in (measure_speed, measure_memory, measure_shapes, measure_files, measure_processing, measure_start):
         for row in measure():
             add(row)
     language_rows, stages = measure_language()

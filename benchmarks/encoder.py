@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from theworld import TheWorldEncoderConfig
 from theworld.encoder_theworld import TheWorldEncoder
+from theworld.sizes_theworld import pad_together, unpad
 
 from .measure import MEMORY, Row, in_turns, run_fresh, timed
 
@@ -25,6 +26,8 @@ CASES = [
     ((1, 5, 3, 128, 128), 1, 5, 2.5),
     ((1, 17, 3, 128, 128), 1, 5, 2.5),
 ]
+# Height and width of the images of a padded batch.
+SHAPES = [(160, 400), (440, 152), (256, 256)] * 2
 MATRIX_SIDE = 2048
 
 EXTRA_MEMORY = (
@@ -83,6 +86,46 @@ def measure_speed() -> Iterator[Row]:
             "in a matrix product",
         )
     torch.set_num_threads(available)
+
+
+SHAPES_MEMORY = (
+    MEMORY
+    + """
+import torch
+from benchmarks.encoder import SHAPES
+from theworld import TheWorldEncoderConfig
+from theworld.encoder_theworld import TheWorldEncoder
+from theworld.sizes_theworld import pad_together, unpad
+encoder = TheWorldEncoder(TheWorldEncoderConfig()).eval().requires_grad_(False)
+images = [torch.rand(3, *shape) for shape in SHAPES]
+padded, sizes = pad_together(images)
+before = memory("VmRSS")
+{call}
+print((memory("VmHWM") - before) / 1e6)
+"""
+)
+
+
+@torch.no_grad()
+def measure_shapes() -> Iterator[Row]:
+    """A padded batch of several shapes, against its images one after another without padding."""
+    what, peer = "padded batch of 3 shapes", "its images one by one"
+    encoder = TheWorldEncoder(TheWorldEncoderConfig()).eval()
+    images = [torch.rand(3, *shape) for shape in SHAPES]
+    padded, sizes = pad_together(images)
+    times = in_turns(
+        lambda: encoder(unpad(padded, sizes, "sizes", (1, 1))), lambda: [encoder(image[None]) for image in images]
+    )
+    yield Row(
+        f"time of encoding a {what}",
+        peer,
+        *times,
+        goal=1.05,
+        note=f"{padded[:, 0].numel() / sizes.prod(1).sum():.1f}x pixels",
+    )
+    calls = ('encoder(unpad(padded, sizes, "sizes", (1, 1)))', "[encoder(image[None]) for image in images]")
+    ours, theirs = (float(run_fresh(SHAPES_MEMORY.format(call=call))) for call in calls)
+    yield Row(f"peak memory of encoding a {what}", peer, [ours], [theirs], "MB", goal=1.05, note="without the weights")
 
 
 def measure_memory() -> Iterator[Row]:
