@@ -87,7 +87,7 @@ def test_commands_run_from_another_folder(environment, sources, tmp_path):
         (["convert", "--vae", "x"], "theworld convert: error: the following arguments are required: --gemma"),
         (["verify", "nothing"], "theworld verify: error: "),
         (["merge", "nothing"], "theworld merge: error: "),
-        (["evaluate"], "theworld evaluate: error: needs lm_eval: install the extra 'harness'."),
+        (["evaluate"], "theworld evaluate: error: lm_eval is not installed. In a clone, run"),
         (["train", "--model", "nothing"], "theworld train: error: "),
         (["precompute-latents"], "theworld precompute-latents: error: "),
         (["ask", "nothing.png", "What?"], "theworld ask: error: There is no file nothing.png"),
