@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from theworld import TheWorldEncoderConfig
 from theworld.encoder_theworld import TheWorldEncoder
-from theworld.sizes_theworld import pad_together, unpad
+from theworld.padding_theworld import pad_together, unpad
 
 from .measure import MEMORY, Row, in_turns, run_fresh, timed
 
@@ -95,7 +95,7 @@ import torch
 from benchmarks.encoder import SHAPES
 from theworld import TheWorldEncoderConfig
 from theworld.encoder_theworld import TheWorldEncoder
-from theworld.sizes_theworld import pad_together, unpad
+from theworld.padding_theworld import pad_together, unpad
 encoder = TheWorldEncoder(TheWorldEncoderConfig()).eval().requires_grad_(False)
 images = [torch.rand(3, *shape) for shape in SHAPES]
 padded, sizes = pad_together(images)
