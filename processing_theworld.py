@@ -9,9 +9,10 @@ from .versions_theworld import TESTED  # noqa: F401 # isort: skip
 
 import copy
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -46,6 +47,11 @@ WORLD_ONLY = ("size", "do_resize")
 VISION_ONLY = tuple(name for name in Gemma3ImageProcessorKwargs.__annotations__ if "pan_and_scan" in name)
 # Options that set the size of images, and those that set the values of their pixels.
 AREAS = ("size", "pad_size", "crop_size")
+WORLD_INPUTS = {"pixel_values", "world_latents", "pixel_values_videos"}
+NOT_SERVED = (
+    "A serving engine reads world tokens, but `world` is False. Set it to True, in processor_config.json and in "
+    "requests, or use transformers."
+)
 SCALES = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
 
 
@@ -58,7 +64,7 @@ class TheWorldImagesKwargs(Gemma3ImageProcessorKwargs, total=False):
 
 
 class TheWorldVideosKwargs(ImagesKwargs, total=False):
-    """The image processor's options for each frame, which frames are read, the videos' metadata, and the switch."""
+    """The image processor's options for each frame, which frames are read, the videos' metadata, and the switches."""
 
     fps: float | int | None
     num_frames: int | None
@@ -67,6 +73,7 @@ class TheWorldVideosKwargs(ImagesKwargs, total=False):
     do_sample_frames: bool | None
     video_metadata: VideoMetadataType | None
     world: bool
+    vision: bool
 
 
 class TheWorldProcessorKwargs(ProcessingKwargs, total=False):
@@ -182,6 +189,9 @@ class TheWorldProcessor(ProcessorMixin):
         vision_settings: Settings of Gemma 3's image processor, for a model with `TheWorldConfig.vision_config`.
         vision_seq_length: Gemma's own tokens per image or crop; `TheWorldConfig.mm_tokens_per_image`.
         world_first: Whether an image's world tokens come before Gemma's own; `TheWorldConfig.world_first`.
+        world: Whether images and videos become world tokens, unless a call says otherwise.
+        vision: Whether images and videos become Gemma's own image tokens, if the model has a `vision_config`, unless a
+            call says otherwise.
 
     Raises:
         ValueError: If the tokenizer lacks one of the first three tokens, or, with `vision_settings`, one of Gemma 3's;
@@ -210,6 +220,8 @@ class TheWorldProcessor(ProcessorMixin):
         vision_settings: dict | None = None,
         vision_seq_length: int = 256,
         world_first: bool = True,
+        world: bool = True,
+        vision: bool = True,
     ):
         if image_processor.backend != "pil":
             image_processor = SiglipImageProcessorPil(**image_processor.to_dict())
@@ -233,6 +245,8 @@ class TheWorldProcessor(ProcessorMixin):
         self.vision_settings = vision_settings
         self.vision_seq_length = vision_seq_length
         self.world_first = world_first
+        self.world = world
+        self.vision = vision
         self.image_token_id = vocabulary[self.image_token]
         self.video_token_id = vocabulary.get(self.video_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
@@ -274,7 +288,7 @@ class TheWorldProcessor(ProcessorMixin):
         A video is sampled at `fps` frames per second, from its first frame to its last; if it has more than
         `max_frames` at that rate, this many are sampled evenly. If their number is not 1 + 4k, the last one is
         repeated, so that no frame is dropped. Before the placeholders of each latent frame comes the time of its last
-        frame, as "0.500s".
+        frame, as "0.500s". Gemma's tower reads that frame.
 
         If a prompt already begins with `<bos>`, as chats rendered by `apply_chat_template` do, no second one is added:
         the call returns the same as `apply_chat_template(tokenize=True)`.
@@ -296,8 +310,9 @@ class TheWorldProcessor(ProcessorMixin):
                 whose `fps` and `frames_indices` give the times of the frames of lists and arrays, as returned by
                 `transformers.video_utils.load_video`; without it they are assumed to be at the requested rate. `size`
                 applies to images and frames that become world tokens; `do_pan_and_scan` and related options apply to
-                Gemma's tower. `world=False` or `vision=False` removes one modality from prompts and inputs: with
-                `world=False` they equal those of Gemma 3's processor.
+                images that Gemma's tower reads. `world=False` or `vision=False` removes one modality from prompts and
+                inputs: with `world=False` they equal those of Gemma 3's processor; with neither, images and videos
+                leave nothing. The defaults are the settings `world` and `vision`.
 
         Returns:
             `input_ids`, `attention_mask`, and `pixel_values` or `world_latents`; `pixel_values_videos`
@@ -323,9 +338,35 @@ class TheWorldProcessor(ProcessorMixin):
         call = copy.copy(self)
         call.tokenizer = without_shared_settings(self.tokenizer)
         inputs = super(TheWorldProcessor, call).__call__(images=images, text=text, videos=videos, **kwargs)
+        if "text_replacement_offsets" in inputs and (images or videos) and not WORLD_INPUTS & set(inputs):
+            raise ValueError(NOT_SERVED)
+        call._join_vision_inputs(inputs)
         if self.vision_settings is not None and "input_ids" in inputs:
             inputs["token_type_ids"] = self.create_token_type_ids(inputs["input_ids"])
         return inputs
+
+    def get_text_with_replacements(
+        self, text: list[str], images_replacements: Any = (), videos_replacements: Any = (), *args
+    ) -> tuple[list[str], list[dict]]:
+        """As in transformers; also notes in which order Gemma's tower reads images and videos."""
+        replacements = {self.image_token: iter(images_replacements), self.video_token: iter(videos_replacements)}
+        found = [token for prompt in text for token in re.findall(f"{self.image_token}|{self.video_token}", prompt)]
+        begin = getattr(self.tokenizer, "boi_token", None)
+        self._vision_order = [(token, next(replacements[token], "").count(begin) if begin else 0) for token in found]
+        return super().get_text_with_replacements(text, images_replacements, videos_replacements, *args)
+
+    def _join_vision_inputs(self, inputs: BatchFeature) -> None:
+        """Puts the tower's frames of videos among its images, in the order of the prompts."""
+        frames = inputs.pop("vision_pixel_values_videos", None)
+        if frames is None:
+            return
+        images = inputs.get("vision_pixel_values")
+        if images is not None:
+            waiting = {self.image_token: iter(images), self.video_token: iter(frames)}
+            order = getattr(self, "_vision_order", [(self.image_token, len(images)), (self.video_token, len(frames))])
+            frames = [next(waiting[token]) for token, count in order for _ in range(count)]
+            frames = torch.stack(frames) if isinstance(images, torch.Tensor) else frames
+        inputs["vision_pixel_values"] = frames
 
     def _keep_one_bos(self, text: str | list[str] | None, kwargs: dict) -> tuple[str | list[str] | None, dict]:
         """Changes prompts and options so that the tokenizer adds no BOS to a prompt that begins with one."""
@@ -410,16 +451,14 @@ class TheWorldProcessor(ProcessorMixin):
         return self._placeholders(self.image_token, height, width)
 
     def _process_images(
-        self, images: Any, encoded: bool = False, world: bool = True, vision: bool | None = None, **kwargs
+        self, images: Any, encoded: bool = False, world: bool | None = None, vision: bool | None = None, **kwargs
     ) -> tuple[dict, list[str]]:
         """The model's inputs for images, or for latents if they are `encoded`, and the text that replaces each."""
         images = flatten_images(images)
         for name in VISION_ONLY if self.vision_settings is None else ():
             if kwargs.get(name) is not None:
                 raise ValueError(f"`{name}` needs a model with `vision_config`. Remove it.")
-        if self.vision_settings is None and not world and images:
-            raise ValueError("`world=False` with an image needs a model with `vision_config`. Remove the image.")
-        vision = self.vision_settings is not None if vision is None else vision
+        world, vision = self._switches(world, vision)
         nothing: tuple[dict, list[str]] = {}, [""] * len(images)
         if not images:
             return nothing
@@ -430,6 +469,17 @@ class TheWorldProcessor(ProcessorMixin):
             process_world(images, **world_kwargs) if world else nothing,
             self._process_vision(images, encoded, **vision_kwargs) if vision else nothing,
         ]
+        return self._join_blocks(blocks)
+
+    def _switches(self, world: bool | None, vision: bool | None) -> tuple[bool, bool]:
+        """Whether images and videos become world tokens, and whether they become Gemma's own image tokens."""
+        if vision and self.vision_settings is None:
+            raise ValueError("`vision=True` needs a model with `vision_config`. Remove it.")
+        has_vision = self.vision_settings is not None and self.vision
+        return self.world if world is None else world, has_vision if vision is None else vision
+
+    def _join_blocks(self, blocks: Sequence[tuple[dict, list[str]]]) -> tuple[dict, list[str]]:
+        """The inputs and texts of the world and of Gemma's tower, which `blocks` gives in this order, together."""
         (inputs, texts), (more_inputs, more_texts) = blocks if self.world_first else reversed(blocks)
         return inputs | more_inputs, [text + more for text, more in zip(texts, more_texts, strict=True)]
 
@@ -485,13 +535,11 @@ class TheWorldProcessor(ProcessorMixin):
 
     def _process_vision(self, images: list, encoded: bool, **kwargs) -> tuple[dict, list[str]]:
         """`vision_pixel_values`, and the text for each image and its crops, as in Gemma 3's prompts."""
-        if self.vision_settings is None:
-            raise ValueError("`vision=True` needs a model with `vision_config`. Remove it.")
         if encoded:
             raise ValueError(
                 "Gemma 3's tower does not read latents. Give `images`, or `vision=False` with `world_latents`."
             )
-        image_processor = Gemma3ImageProcessorPil(**self.vision_settings)
+        image_processor = Gemma3ImageProcessorPil(**cast(dict, self.vision_settings))  # `_switches` checks it
         gemma = Gemma3Processor(image_processor, self.tokenizer, image_seq_length=self.vision_seq_length)
         inputs = image_processor(images, **kwargs)
         texts = [gemma.replace_image_token(dict(inputs), number) for number in range(len(images))]
@@ -506,17 +554,15 @@ class TheWorldProcessor(ProcessorMixin):
         max_video_pixels: int | None = None,
         do_sample_frames: bool | None = None,
         video_metadata: VideoMetadataType | None = None,
-        world: bool = True,
+        world: bool | None = None,
+        vision: bool | None = None,
         **kwargs,
     ) -> tuple[dict, list[str]]:
-        """`pixel_values_videos`, `video_sizes` if they are padded, and the text that replaces each video's token."""
+        """The model's inputs for videos, and the text that replaces each."""
         videos = flatten_videos(videos)
-        if not videos:
-            return {}, []
-        if not world:
-            raise ValueError(
-                "`world=False` leaves nothing of a video, which Gemma's own vision does not read. Leave it out."
-            )
+        world, vision = self._switches(world, vision)
+        if not videos or not (world or vision):
+            return {}, [""] * len(videos)
         if fps is not None and num_frames is not None:
             raise ValueError(f"Give `fps` or `num_frames`, got both: {fps} and {num_frames}.")
         sampling = Sampling(
@@ -529,21 +575,41 @@ class TheWorldProcessor(ProcessorMixin):
             open_clip(video, sampling.fps, known, kwargs.get("input_data_format"))
             for video, known in zip(videos, flatten_metadata(video_metadata, len(videos)), strict=True)
         ]
-        ratio = self.temporal_compression_ratio
-        times = [pad_frames(sampling.times(clip), ratio) for clip in clips]
+        times = [pad_frames(sampling.times(clip), self.temporal_compression_ratio) for clip in clips]
+        of_latents = [of_clip[:: self.temporal_compression_ratio] for of_clip in times]
+        nothing: tuple[dict, list[str]] = {}, [""] * sum(map(len, of_latents))
+        blocks = [
+            self._process_clips(clips, times, max_video_pixels, **kwargs) if world else nothing,
+            self._process_vision_frames(clips, of_latents) if vision else nothing,
+        ]
+        inputs, texts = self._join_blocks(blocks)
+        waiting = iter(texts)
+        return inputs, ["".join(time_stamp(time) + next(waiting) for time in of_clip) for of_clip in of_latents]
+
+    def _process_clips(
+        self, clips: list[Clip], times: list[torch.Tensor], max_video_pixels: int | None, **kwargs
+    ) -> tuple[dict, list[str]]:
+        """`pixel_values_videos`, with `video_sizes` if they are padded; and the placeholders of each latent frame."""
         limits = self._pixel_limits(**kwargs)
         pixels = [
             self._read_clip(clip, of_clip, self._frame_limits(len(of_clip), limits, max_video_pixels), **kwargs)
             for clip, of_clip in zip(clips, times, strict=True)
         ]
-        places = [self._placeholders(self.video_token, *video.shape[-2:]) for video in pixels]
-        texts = [
-            "".join(time_stamp(time) + of_frame for time in of_clip[::ratio])
-            for of_clip, of_frame in zip(times, places, strict=True)
-        ]
+        ratio = self.temporal_compression_ratio
+        texts = [self._placeholders(self.video_token, *video.shape[-2:]) for video in pixels for _ in video[::ratio]]
         with_sizes = limits is not None or len({video.shape for video in pixels}) > 1
         padded, sizes = pad_together(pixels)
         return {"pixel_values_videos": padded} | ({"video_sizes": sizes} if with_sizes else {}), texts
+
+    def _process_vision_frames(self, clips: list[Clip], times: list[torch.Tensor]) -> tuple[dict, list[str]]:
+        """The tower's pixels of the frames at `times`, and the text of each frame, that of an image without crops."""
+        inputs, texts = [], []
+        for clip, of_clip in zip(clips, times, strict=True):
+            for frame, count in clip.frames_at(of_clip):
+                of_frame, [text] = self._process_vision([frame], encoded=False, do_pan_and_scan=False)
+                inputs += [torch.as_tensor(of_frame["vision_pixel_values"][0])] * count
+                texts += [text] * count
+        return {"vision_pixel_values_videos": torch.stack(inputs)}, texts
 
     def _frame_limits(
         self, num_frames: int, limits: tuple[int, int] | None, max_video_pixels: int | None
@@ -631,6 +697,8 @@ class TheWorldProcessor(ProcessorMixin):
         Returns:
             `num_image_tokens` and `num_image_patches`, one entry per image; `num_video_tokens`, one per video.
         """
+        if not self.world:
+            raise ValueError(NOT_SERVED)
         data = MultiModalData()
         if image_sizes is not None:
             limits = self._pixel_limits(**kwargs)

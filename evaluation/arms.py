@@ -32,13 +32,13 @@ ARMS: dict[str, dict[str, bool] | None] = {
     "neither": None,
     "shuffled": {},
 }
-# Those of a checkpoint without Gemma 3's tower, and of videos, which the tower does not read.
+# The arms of a checkpoint without Gemma 3's tower.
 WITHOUT_VISION = ("world", "neither", "shuffled")
 
 
-def arms_of(config: Any, videos: bool = False) -> tuple[str, ...]:
-    """The arms that a checkpoint with this config can have for pictures or `videos`."""
-    return WITHOUT_VISION if config.vision_config is None or videos else tuple(ARMS)
+def arms_of(config: Any) -> tuple[str, ...]:
+    """The arms that a checkpoint with this config can have."""
+    return WITHOUT_VISION if config.vision_config is None else tuple(ARMS)
 
 
 def fingerprint(image: Any) -> str:

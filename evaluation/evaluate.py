@@ -29,7 +29,6 @@ from theworld.checkpoints.sources import Source, download_source
 from theworld.cli import ArgumentParser, run_command
 from theworld.evaluation.arms import ARMS, NUM_FRAMES, TheWorldLM, arms_of
 from theworld.evaluation.judge import judge
-from theworld.evaluation.questions import BENCHMARKS
 from theworld.evaluation.table import Answer, page, score_task
 
 
@@ -47,9 +46,9 @@ def choose(given: str, known: tuple[str, ...], what: str) -> list[str]:
     return names
 
 
-def choose_arms(given: str | None, source: Source, videos: bool) -> list[str]:
+def choose_arms(given: str | None, source: Source) -> list[str]:
     """
-    The arms of a task about pictures or `videos`; by default all that the checkpoint has.
+    The arms to compare; by default all that the checkpoint has.
 
     Raises:
         ValueError: For an arm that does not exist, or that the checkpoint cannot have.
@@ -61,23 +60,21 @@ def choose_arms(given: str | None, source: Source, videos: bool) -> list[str]:
     model_type = source.read_config().get("model_type")
     if model_type != "theworld":
         raise ValueError(f"{source.name} is a {model_type} model, not a TheWorld. Convert it with `theworld convert`.")
-    possible = arms_of(TheWorldConfig.from_pretrained(source.folder), videos)
+    possible = arms_of(TheWorldConfig.from_pretrained(source.folder))
     if given is None:
         return list(possible)
     arms = choose(given, tuple(ARMS), "arm")
     for arm in arms:
         if arm not in possible:
-            lacks = "the tower does not read videos" if videos else f"{source.name} has no `vision_config`"
-            raise ValueError(f"There is no arm {arm!r} here, because {lacks}. Choose from {', '.join(possible)}.")
+            raise ValueError(
+                f"There is no arm {arm!r} here, because {source.name} has no `vision_config`. Choose from "
+                f"{', '.join(possible)}."
+            )
     return arms
 
 
 def known_tasks() -> tuple[str, ...]:
     return tuple(sorted(file.stem for file in TASKS.glob("*.yaml")))
-
-
-def shows_videos(task: str) -> bool:
-    return task in BENCHMARKS and BENCHMARKS[task].videos
 
 
 def load_tasks(names: list[str], data_dir: Path | None, limit: int | None) -> dict[str, Task]:
@@ -185,14 +182,14 @@ def evaluate(args: argparse.Namespace) -> None:
     names, output = choose(args.tasks, known_tasks(), "task"), args.output_dir.absolute()
     check_output(output, args.overwrite)
     source = download_source(args.model, None, ["*"])
-    arms = {name: choose_arms(args.arms, source, shows_videos(name)) for name in names}
+    arms = choose_arms(args.arms, source)
     tasks = load_tasks(names, args.data_dir, args.limit)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     if device.type == "cpu":  # else processes do not find each other
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
     options = {"seed": args.seed, "num_frames": args.num_frames, "batch_size": args.batch_size}
     model = TheWorldLM(str(source.folder), device=device.type, **options)
-    asked = {name: ask_arms(model, tasks[name], arms[name], args.limit) for name in names}
+    asked = {name: ask_arms(model, tasks[name], arms, args.limit) for name in names}
     if model.rank == 0:
         results = {name: {**score_task(answers), "seconds": seconds} for name, (answers, seconds) in asked.items()}
         report = {**describe(source, model, args), "tasks": results}

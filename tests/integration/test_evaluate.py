@@ -22,7 +22,7 @@ pytestmark = pytest.mark.harness
 pytest.importorskip("lm_eval")
 
 from theworld.evaluation import arms, evaluate, questions  # noqa: E402
-from theworld.evaluation.arms import ARMS, WITHOUT_VISION, TheWorldLM  # noqa: E402
+from theworld.evaluation.arms import ARMS, TheWorldLM  # noqa: E402
 
 
 def run(model: Path, output: Path, *options: str | Path) -> dict:
@@ -76,10 +76,9 @@ def data(tmp_path_factory) -> Path:
 def test_a_benchmark_runs_in_every_arm(task, data, convert_whole, tmp_path):
     options = ["--tasks", task, "--data-dir", data, "--limit", "3", "--num-frames", "5"]
     report = run(convert_whole(), tmp_path / "out", *options)
-    of_task = list(WITHOUT_VISION if task == "vsibench" else ARMS)
     result = report["tasks"][task]
-    assert list(result["arms"]) == list(result["seconds"]) == of_task
-    assert len(result["differences"]) == len(of_task) * (len(of_task) - 1) / 2
+    assert list(result["arms"]) == list(result["seconds"]) == list(ARMS)
+    assert len(result["differences"]) == len(ARMS) * (len(ARMS) - 1) / 2
     for scores in result["arms"].values():
         assert scores["all"]["total"] == 3 and scores.keys() - {"all"} <= CATEGORIES[task]
 
@@ -194,7 +193,6 @@ def test_an_answer_ends_with_the_turn(model, monkeypatch):
         (["--tasks", "chess"], "There is no task 'chess'. Choose from blink, cv_bench, embspatial, "),
         (["--arms", "world,ears"], "There is no arm 'ears'. Choose from both, world, vision, neither, shuffled."),
         (["--arms", "both"], "has no `vision_config`. Choose from world, neither, shuffled."),
-        (["--tasks", "vsibench", "--arms", "vision"], "the tower does not read videos. Choose from world, neither, "),
         (["--limit", "0"], "argument --limit: must be a whole number of 1 or more, got '0'"),
         (["--model", "adapter"], "adapter is an adapter. Merge it first: `theworld merge adapter --output-dir DIR`."),
         (["--model", "gemma"], "gemma is a gemma3 model, not a TheWorld. Convert it with `theworld convert`."),

@@ -316,12 +316,6 @@ def test_sizes_beyond_pillows_limit_are_rejected(processor, options):
         processor(text="<world>", images=Image.new("RGB", (32, 8)), **options)
 
 
-def test_an_image_that_would_leave_nothing_is_rejected(processor, photo):
-    for options in ({"world": False}, {"world": False, "vision": False}, {"images_kwargs": {"world": False}}):
-        with pytest.raises(ValueError, match="`world=False` with an image needs a model with `vision_config`"):
-            processor(text="<world>", images=photo, **options)
-
-
 def test_truncation_through_world_tokens_is_rejected(processor, photo):
     with pytest.raises(ValueError, match="Mismatch in `image` token count"):
         processor(text="<world>", images=photo, truncation=True, max_length=20)

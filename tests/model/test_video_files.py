@@ -364,14 +364,3 @@ print(inputs["pixel_values_videos"].shape[1], resource.getrusage(resource.RUSAGE
     printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
     num_frames, kilobytes = map(int, printed.split())
     assert num_frames == 321 and kilobytes < 300_000
-
-
-# The stream left out
-
-
-def test_a_video_without_the_world_is_rejected(processor, write, convert_whole):
-    """Nothing else reads a video, so it would be ignored silently."""
-    path = write(TIMES)
-    for given in (processor, TheWorldProcessor.from_pretrained(convert_whole())):
-        with pytest.raises(ValueError, match="`world=False` leaves nothing of a video, which Gemma's own vision does"):
-            given(text=f"a<world_video>{QUESTION}", videos=path, world=False, return_tensors="pt")
