@@ -8,6 +8,7 @@ from pathlib import Path
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers.utils import PROCESSOR_NAME, cached_file
 
 from theworld.checkpoints.atomic import atomic_folder, write_checksums
 from theworld.checkpoints.verify import verify
@@ -38,6 +39,12 @@ def read_base(adapter: str, model: str | None) -> str:
     if model_type != "theworld":
         raise ValueError(f"{base} is a {model_type} model, but the adapter needs a TheWorld. Name it with --model.")
     return base
+
+
+def processor_source(adapter: str, base: str) -> str:
+    """Where the processor is: in the adapter, whose training may have set its switches, or else in the base."""
+    found = cached_file(adapter, PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False)
+    return base if found is None else adapter
 
 
 def load_adapted(base: str, adapter: str) -> PeftModel:
@@ -80,7 +87,7 @@ def merge(adapter: str, output: Path, model: str | None = None, overwrite: bool 
         adapted = load_adapted(base, adapter)
         dtype = adapted.config.dtype  # what an adapter trains is float32
         adapted.merge_and_unload(safe_merge=True).to(dtype).save_pretrained(folder)
-        AutoProcessor.from_pretrained(base, trust_remote_code=True).save_pretrained(folder)
+        AutoProcessor.from_pretrained(processor_source(adapter, base), trust_remote_code=True).save_pretrained(folder)
         write_checksums(folder)
 
 

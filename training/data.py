@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -245,25 +246,20 @@ class ConversationCollator:
     correctly on 5.17.
 
     Args:
-        processor: The model's processor.
-        max_length: Maximum number of tokens in a conversation, world tokens included; None for no limit.
-
-    Raises:
-        ValueError: If the checkpoint has Gemma 3's vision tower.
+        processor: The model's processor. Its settings `world` and `vision` say how the model reads images.
+        max_length: Maximum number of tokens in a conversation, those of images included; None for no limit.
     """
 
     processor: TheWorldProcessor
     max_length: int | None = None
 
     def __post_init__(self):
-        if getattr(self.processor, "vision_settings", None) is not None:
-            raise ValueError(
-                "Training supports world tokens only, but this checkpoint has Gemma 3's vision tower. Train one that "
-                "was converted without --vision."
-            )
         tokenizer = self.processor.tokenizer
         special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.control_ids = special - {tokenizer.unk_token_id}
+        self.turn_id = tokenizer.convert_tokens_to_ids("<start_of_turn>")
+        _, self.reads_vision = self.processor._switches(None, None)
+        _, [self.image_text] = self.processor._process_images([PIL.Image.new("RGB", (64, 64))])
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """
@@ -271,8 +267,9 @@ class ConversationCollator:
             rows: Each with `messages`, and `images` or `world_latents`, one [z, h, w] for each image.
 
         Returns:
-            `input_ids`, `attention_mask` and `labels`, int64 [B, S], padded on the right; and `pixel_values` or
-            `world_latents` of all images, in order, with their `image_sizes` if they are padded.
+            `input_ids`, `attention_mask` and `labels`, int64 [B, S], padded on the right; `pixel_values` or
+            `world_latents` of all images, in order, with their `image_sizes` if they are padded; and for a checkpoint
+            with Gemma 3's tower `token_type_ids` and `vision_pixel_values`.
 
         Raises:
             ValueError: If a conversation is longer than `max_length`, or has another format.
@@ -312,17 +309,24 @@ class ConversationCollator:
                 f"The conversation ends without an answer: the last of its {len(conversation)} message(s) must be the "
                 "assistant's. Complete it, or remove it."
             )
-        input_ids, _ = self.tokenize(conversation)
+        text = self.processor.apply_chat_template(conversation)
         for turn, message in enumerate(conversation, start=1):
             self.check_typed(message, turn, bool(image_sizes))
         if self.max_length is not None:
-            sizes = list(image_sizes)
-            counts = self.processor._get_num_multimodal_tokens(sizes, **options)["num_image_tokens"] if sizes else []
-            # Each placeholder becomes an image's world tokens with a start and an end token.
-            self.check_length(len(input_ids) + sum(number + 1 for number in counts))
+            text = text.replace(self.processor.image_token, self.image_text)
+            length = len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+            if image_sizes and self.processor.world:
+                counts = self.processor._get_num_multimodal_tokens(list(image_sizes), **options)["num_image_tokens"]
+                length += sum(number - self.image_text.count(self.processor.image_token) for number in counts)
+            self.check_length(length)
 
     def check_typed(self, message: dict, turn: int, has_images: bool) -> None:
-        """Raises a `ValueError` if a message's text contains a special token or a placeholder of another format."""
+        """Raises a `ValueError` for a special token or foreign placeholder in a text, or an image in an answer."""
+        has_image = any(part["type"] == "image" for part in message["content"])
+        if self.reads_vision and message["role"] == "assistant" and has_image:
+            raise ValueError(
+                f"Message {turn} is the assistant's and has an image, but Gemma's tower reads those of the user only."
+            )
         text, tokenizer = text_of(message["content"]).strip(), self.processor.tokenizer
         token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         typed = tokenizer.convert_ids_to_tokens([each for each in token_ids if each in self.control_ids])
@@ -356,9 +360,15 @@ class ConversationCollator:
         return tokenized["input_ids"][0], torch.as_tensor(tokenized["assistant_masks"])[0].bool()
 
     def label(self, messages: list[dict], input_ids: torch.Tensor, labels: torch.Tensor) -> None:
-        """Copies the assistant's tokens from `input_ids` [S] to `labels` [S]."""
+        """Copies the assistant's tokens from `input_ids` [S] to `labels` [S], turn by turn."""
         unexpanded, said = self.tokenize(messages)
+        for turn, expanded in zip(self.turns(unexpanded), self.turns(input_ids), strict=True):
+            answers = expanded[: len(turn)][said[turn]]
+            labels[answers] = input_ids[answers]
+
+    def turns(self, input_ids: torch.Tensor) -> list[torch.Tensor]:
+        """The positions of each turn in `input_ids` [S], from its `<start_of_turn>` on, without world tokens."""
         of_images = torch.tensor(self.processor.tokenizer.convert_tokens_to_ids(list(self.processor.world_tokens)))
-        said = said[~torch.isin(unexpanded, of_images)]
-        places = torch.isin(input_ids, of_images, invert=True).nonzero().flatten()[: len(said)][said]
-        labels[places] = input_ids[places]
+        number = (input_ids == self.turn_id).cumsum(0)
+        number[torch.isin(input_ids, of_images)] = 0
+        return [(number == turn).nonzero().flatten() for turn in range(1, int(number.max()) + 1)]

@@ -60,6 +60,7 @@ def precompute(model: str, dataset: str, split: str, output_dir: Path, rows_per_
     if rows_per_shard < 1:
         raise ValueError(f"--rows-per-shard must be at least 1, got {rows_per_shard}.")
     processor = AutoProcessor.from_pretrained(model, trust_remote_code=True)
+    processor.world, processor.vision = True, False
     context = AutoConfig.from_pretrained(model, trust_remote_code=True).text_config.max_position_embeddings
     rows = load_conversations(dataset, split, ConversationCollator(processor, context))
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -36,6 +36,7 @@ from transformers.utils import CONFIG_NAME
 from trl import SFTConfig, SFTTrainer, TrlParser
 from yaml import YAMLError
 
+from theworld import TheWorldProcessor
 from theworld.checkpoints.atomic import (
     carry_over,
     check_replaceable,
@@ -74,6 +75,13 @@ class Arguments:
         metadata={
             "help": "The projection; projection and LoRA on Gemma; projection and Gemma; or all, encoder included. "
             "The first two save an adapter, the others a whole checkpoint."
+        },
+    )
+    modalities: str | None = field(
+        default=None,
+        metadata={
+            "help": "What images become: 'world' (world tokens), 'vision' (the tokens of Gemma 3's tower, which stays "
+            "frozen) or 'world,vision'. The default is what the checkpoint has. The trained model keeps the choice."
         },
     )
     lora_rank: int = field(default=16, metadata={"help": "Rank of the LoRA matrices."})
@@ -196,11 +204,39 @@ def load_model(args: Arguments) -> PreTrainedModel:
     return AutoModel.from_pretrained(args.model, trust_remote_code=True, dtype=getattr(torch, args.dtype), **options)
 
 
-def freeze_untrained(model: PreTrainedModel, args: Arguments) -> PreTrainedModel | PeftModel:
-    """Freezes the parts that are not trained; adds an adapter for "projection" and "lora"."""
+def choose_modalities(args: Arguments, processor: TheWorldProcessor) -> None:
+    """
+    Sets the processor's switches, which are saved with the trained model.
+
+    Raises:
+        ValueError: For a modality that the checkpoint does not have, or that `--train` or the dataset needs or lacks.
+    """
+    has = ("world",) if processor.vision_settings is None else ("world", "vision")
+    chosen = tuple((args.modalities or ",".join(has)).split(","))
+    if not set(chosen) <= set(has):
+        raise ValueError(f"--modalities {args.modalities} is not in this checkpoint, which has {', '.join(has)}.")
+    processor.world, processor.vision = "world" in chosen, "vision" in chosen
+    if not processor.world and args.train in ("projection", "all"):
+        raise ValueError(
+            f"--train {args.train} trains what makes world tokens, which --modalities vision does not use. Choose "
+            "--train lora or language."
+        )
+    if processor.vision and is_latents(args.dataset):
+        raise ValueError(
+            f"{args.dataset} contains latents, which Gemma 3's tower does not read. Give the dataset itself, or "
+            "--modalities world."
+        )
+
+
+def freeze_untrained(model: PreTrainedModel, args: Arguments, world: bool = True) -> PreTrainedModel | PeftModel:
+    """Freezes the parts that are not trained, or not used without the world; adds an adapter to train those of it."""
     if not args.trains_adapter:
         model.requires_grad_(True)
         model.model.world_encoder.requires_grad_(args.train == "all")
+        model.model.world_projection.requires_grad_(world)
+        if model.config.vision_config is not None:
+            model.model.vision_tower.requires_grad_(False)
+            model.model.multi_modal_projector.requires_grad_(False)
         for name, parameter in model.model.world_encoder.named_parameters():
             if ".time_conv." in name:  # images do not use these, and distributed training would wait for gradients
                 parameter.requires_grad_(False)
@@ -211,8 +247,8 @@ def freeze_untrained(model: PreTrainedModel, args: Arguments) -> PreTrainedModel
         r=args.lora_rank,
         lora_alpha=2 * args.lora_rank,
         target_modules=LORA_TARGET_MODULES if args.train == "lora" else DUMMY_TARGET_MODULES,
-        modules_to_save=["world_projection"],
-        trainable_token_indices={"embed_tokens": world_tokens},
+        modules_to_save=["world_projection"] if world else None,
+        trainable_token_indices={"embed_tokens": world_tokens} if world else None,
     )
     adapted = get_peft_model(model, adapter)
     # TRL reads the head's bias; PEFT's trainable-token wrapper lacks that attribute (peft#3649).
@@ -409,6 +445,7 @@ def prepare(arguments: list[str], callbacks: Sequence[TrainerCallback] = ()) -> 
     if config.resume_from_checkpoint:
         check_resumable(args, Path(config.resume_from_checkpoint))
     processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
+    choose_modalities(args, processor)
     context = AutoConfig.from_pretrained(args.model, trust_remote_code=True).text_config.max_position_embeddings
     collator = ConversationCollator(processor, min(config.max_length or context, context))
     train_dataset, eval_dataset = load_data(args, collator)
@@ -416,7 +453,7 @@ def prepare(arguments: list[str], callbacks: Sequence[TrainerCallback] = ()) -> 
     if is_latents(args.dataset):
         model.model.world_encoder = RemovedEncoder()
     return Trainer(
-        freeze_untrained(model, args),
+        freeze_untrained(model, args, processor.world),
         args=config,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,

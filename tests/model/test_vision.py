@@ -40,7 +40,6 @@ from tests.helpers.modeling import (
 from theworld import TheWorldConfig
 from theworld.checkpoints.tensors import map_gemma_key
 from theworld.convert_weights import main
-from theworld.training.data import ConversationCollator
 from theworld.versions_theworld import CACHE_NAME
 
 
@@ -411,11 +410,6 @@ def test_a_tokenizer_other_than_gemma_3s_is_rejected(convert, processor):
 def test_serving_engines_reject_a_vision_tower(model):
     with pytest.raises(ValueError, match="A serving engine reads world tokens only"):
         AutoModel.from_config(model.config, trust_remote_code=True, attn_implementation="vllm")
-
-
-def test_training_rejects_checkpoints_with_vision(processor):
-    with pytest.raises(ValueError, match="Train one that was converted without --vision"):
-        ConversationCollator(processor)
 
 
 def test_ask_shows_both_modalities(checkpoint, tmp_path):
