@@ -395,6 +395,15 @@ def check_shares(args: Arguments, config: SFTConfig) -> None:
         )
 
 
+def check_heads(args: Arguments, num_key_value_heads: int) -> None:
+    """Raises a `ValueError` if tensor parallelism would split a head."""
+    if num_key_value_heads % args.tp_size:
+        raise ValueError(
+            f"--tp-size {args.tp_size} does not divide the {num_key_value_heads} key-value head(s) of this Gemma. "
+            "Give a divisor, or use --fsdp-size."
+        )
+
+
 def check_resumable(args: Arguments, checkpoint: Path) -> None:
     """Raises a `ValueError` if a checkpoint has no optimizer, or is of a run with another `--train`."""
     if not any(checkpoint.glob("optimizer*")):
@@ -446,7 +455,9 @@ def prepare(arguments: list[str], callbacks: Sequence[TrainerCallback] = ()) -> 
         check_resumable(args, Path(config.resume_from_checkpoint))
     processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
     choose_modalities(args, processor)
-    context = AutoConfig.from_pretrained(args.model, trust_remote_code=True).text_config.max_position_embeddings
+    text_config = AutoConfig.from_pretrained(args.model, trust_remote_code=True).text_config
+    check_heads(args, text_config.num_key_value_heads)
+    context = text_config.max_position_embeddings
     collator = ConversationCollator(processor, min(config.max_length or context, context))
     train_dataset, eval_dataset = load_data(args, collator)
     model = load_model(args)

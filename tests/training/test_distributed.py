@@ -26,7 +26,7 @@ from theworld.checkpoints import verify
 from theworld.evaluation.scenes import draw_scene
 from theworld.modeling_theworld import TheWorldModel
 from theworld.training import precompute_latents
-from theworld.training.train import RemovedEncoder
+from theworld.training.train import Arguments, RemovedEncoder, check_heads
 
 
 needs_5_23 = pytest.mark.skipif(
@@ -39,6 +39,7 @@ WAYS = [
     pytest.param("--fsdp-size 2", 2, id="FSDP2", marks=needs_5_23),
     pytest.param("--tp-size 2", 4, id="TP", marks=needs_5_23),
 ]
+TOWER_WEIGHT = "model.multi_modal_projector.mm_input_projection_weight"
 REPORTING = "-m tests.helpers.reporting_train"
 # What the tests add to the docs' commands: few and comparable steps, and a checkpoint on the way.
 ADDED = {
@@ -277,3 +278,31 @@ def test_shares_need_transformers_5_23_and_say_so(monkeypatch, tmp_path):
     monkeypatch.setattr(transformers, "__version__", "5.22.1")
     with pytest.raises(ValueError, match="need transformers 5.23 or later, and 5.22.1 is installed. Upgrade"):
         run_train(fsdp_size=2, train="all", dataset="none", model="none", output_dir=tmp_path)
+
+
+@needs_5_23
+def test_processes_with_a_tower_have_the_losses_of_one(start, convert_whole, tmp_path):
+    """One row of four has no image, so in some steps one process has none."""
+    folders = [tmp_path / name for name in ("two", "one")]
+    for folder in folders:
+        dataset = write_conversations(folder / "data", 8)
+        rows = [json.loads(line) for line in dataset.read_text().splitlines()]
+        for row in rows[::4]:
+            row["images"] = []
+        dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / "my-theworld").symlink_to(convert_whole())
+    command = command_of("--fsdp-size 2")
+    options = {"max_steps": 4, "save_strategy": "no"}
+    two = start(command, folders[0], per_device_train_batch_size=1, **options)
+    one = start(alone(command), folders[1], per_device_train_batch_size=2, **options)
+    (expected,) = reports_of(one)
+    for report in reports_of(two):
+        assert report["losses"] == pytest.approx(expected["losses"], abs=1e-4)
+    assert torch.equal(*(load_file(run / "model.safetensors")[TOWER_WEIGHT] for run in (one, two)))
+
+
+def test_tp_rejects_heads_that_it_cannot_split():
+    args = Arguments(model="my-theworld", dataset="data", tp_size=2)
+    check_heads(args, num_key_value_heads=4)
+    with pytest.raises(ValueError, match=r"--tp-size 2 does not divide the 1 key-value head\(s\)"):
+        check_heads(args, num_key_value_heads=1)
