@@ -3,14 +3,16 @@
 Encodes the images of a dataset once, to train with a frozen encoder: the command `theworld precompute-latents`.
 
     theworld precompute-latents --model MODEL --dataset DATASET --output-dir LATENTS
+    torchrun --nproc-per-node 8 -m theworld.cli precompute-latents ...     each process encodes shards of its own
     theworld train --model MODEL --dataset LATENTS ...
 
 A folder of latents contains a manifest and Arrow shards with conversations and the latents of their images. An
-interrupted run continues after its last complete shard.
+interrupted run continues with the shards that are missing, on any number of processes.
 """
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -25,17 +27,39 @@ from theworld import TheWorldForConditionalGeneration, TheWorldProcessor
 from theworld.checkpoints.atomic import atomic_folder
 from theworld.cli import ArgumentParser, run_command
 from theworld.training.data import ConversationCollator, load_conversations
-from theworld.training.latents import MANIFEST, Manifest, checkpoint_folder, content_of, encoder_fingerprint
+from theworld.training.latents import (
+    ENCODER,
+    MANIFEST,
+    Manifest,
+    checkpoint_folder,
+    content_of,
+    encoder_fingerprint,
+    encoder_tensors,
+)
 
 
 IMAGES_PER_BATCH = 16
+# What torchrun tells a process, and the values without it.
+LAUNCHED = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+
+
+def load_encoder(model: str) -> TheWorldForConditionalGeneration:
+    """A checkpoint with its encoder in float32; the rest of it is not loaded, and takes no memory."""
+    config = AutoConfig.from_pretrained(model, trust_remote_code=True)
+    with torch.device("meta"):
+        loaded = AutoModel.from_config(config, trust_remote_code=True).eval()
+    tensors = encoder_tensors(checkpoint_folder(model))
+    state = {name.removeprefix(ENCODER): tensor.float() for name, tensor in tensors}
+    loaded.model.world_encoder.load_state_dict(state, assign=True)
+    return loaded
 
 
 def encode(model: TheWorldForConditionalGeneration, processor: TheWorldProcessor, images: list) -> list[torch.Tensor]:
     """Float32 latents of images, one [z, h, w] for each."""
+    device = next(model.model.world_encoder.parameters()).device
     latents: list[torch.Tensor] = []
     for start in range(0, len(images), IMAGES_PER_BATCH):
-        inputs = processor(images=images[start : start + IMAGES_PER_BATCH], return_tensors="pt").to(model.device)
+        inputs = processor(images=images[start : start + IMAGES_PER_BATCH], return_tensors="pt").to(device)
         with torch.no_grad():
             encoded = model.get_world_latents(inputs["pixel_values"], inputs.get("image_sizes"))
         latents += [each.float().cpu() for each in encoded]
@@ -44,7 +68,7 @@ def encode(model: TheWorldForConditionalGeneration, processor: TheWorldProcessor
 
 def precompute(model: str, dataset: str, split: str, output_dir: Path, rows_per_shard: int, dtype: str) -> None:
     """
-    Writes the shards that are missing in `output_dir`.
+    Writes the shards that are missing in `output_dir`; of several processes, each writes its share of all shards.
 
     Args:
         model: Folder or Hub repo of a TheWorld checkpoint.
@@ -63,8 +87,9 @@ def precompute(model: str, dataset: str, split: str, output_dir: Path, rows_per_
     processor.world, processor.vision = True, False
     context = AutoConfig.from_pretrained(model, trust_remote_code=True).text_config.max_position_embeddings
     rows = load_conversations(dataset, split, ConversationCollator(processor, context))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    encoder = AutoModel.from_pretrained(model, trust_remote_code=True, dtype=torch.float32).eval().to(device)
+    rank, processes, local_rank = (int(os.environ.get(n, d)) for n, d in LAUNCHED.items())
+    encoder = load_encoder(model)
+    encoder.model.world_encoder.to(f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
     ratio = encoder.config.world_config.spatial_compression_ratio
     manifest = Manifest(
         encoder=encoder_fingerprint(checkpoint_folder(model)),
@@ -82,10 +107,13 @@ def precompute(model: str, dataset: str, split: str, output_dir: Path, rows_per_
             f"{output_dir} contains latents of another encoder, dataset or format. Choose another --output-dir."
         )
     output_dir.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(asdict(manifest), indent=2) + "\n")
+    unfinished = output_dir / f".{MANIFEST}-{rank}"
+    unfinished.write_text(json.dumps(asdict(manifest), indent=2) + "\n")
+    unfinished.replace(file)  # in one step, because other processes read it
 
-    with tqdm(total=len(rows), desc="latents", unit="row") as progress:
-        for number, shard in enumerate(manifest.shards):
+    shards = list(enumerate(manifest.shards))[rank::processes]
+    with tqdm(shards, desc="latents", unit="shard", disable=rank > 0) as progress:
+        for number, shard in progress:
             some = rows.select(range(number * rows_per_shard, min((number + 1) * rows_per_shard, len(rows))))
             if not (output_dir / shard).exists():
                 latents = iter(encode(encoder, processor, [image for images in some["images"] for image in images]))
@@ -95,9 +123,8 @@ def precompute(model: str, dataset: str, split: str, output_dir: Path, rows_per_
                 encoded = some.remove_columns("images")
                 encoded = encoded.add_column("world_latents", flat, feature=List(Value(dtype)))
                 encoded = encoded.add_column("image_sizes", sizes, feature=List(List(Value("int32"))))
-                with atomic_folder(output_dir / shard, overwrite=False) as unfinished:
-                    encoded.save_to_disk(unfinished)
-            progress.update(len(some))
+                with atomic_folder(output_dir / shard, overwrite=False) as partial:
+                    encoded.save_to_disk(partial)
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:

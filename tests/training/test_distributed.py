@@ -5,8 +5,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +28,8 @@ from theworld.checkpoints import verify
 from theworld.evaluation.scenes import draw_scene
 from theworld.modeling_theworld import TheWorldModel
 from theworld.training import precompute_latents
+from theworld.training.data import ConversationCollator
+from theworld.training.latents import load_latents
 from theworld.training.train import Arguments, RemovedEncoder, check_heads
 
 
@@ -306,3 +310,35 @@ def test_tp_rejects_heads_that_it_cannot_split():
     check_heads(args, num_key_value_heads=4)
     with pytest.raises(ValueError, match=r"--tp-size 2 does not divide the 1 key-value head\(s\)"):
         check_heads(args, num_key_value_heads=1)
+
+
+def test_two_processes_make_the_latents_of_one(tmp_path):
+    """They are killed after the first shard, and continue as three."""
+    dataset = write_conversations(tmp_path / "data", 10)
+
+    def start(processes: int, folder: str) -> subprocess.Popen:
+        launcher = [Path(sys.executable).parent / "torchrun", "--nproc-per-node", str(processes), "-m", "theworld.cli"]
+        words = ["precompute-latents", "--model", ROOT, "--dataset", dataset, "--output-dir", tmp_path / folder]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [*launcher, *words, "--rows-per-shard", "1"]
+        return subprocess.Popen(command, env=environment, start_new_session=True)
+
+    killed = start(2, "latents")
+    while killed.poll() is None and not list((tmp_path / "latents").glob("shard-*")):
+        time.sleep(0.05)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert start(3, "latents").wait(timeout=120) == 0
+    arguments = ["--model", str(ROOT), "--dataset", str(dataset), "--output-dir", str(tmp_path / "alone")]
+    assert precompute_latents.main([*arguments, "--rows-per-shard", "1"]) == 0
+    collator = ConversationCollator(TheWorldProcessor.from_pretrained(ROOT))
+    together, alone = (load_latents(tmp_path / name, str(ROOT), collator) for name in ("latents", "alone"))
+    assert together["messages"][:] == alone["messages"][:]
+    for of_row, expected in zip(together["world_latents"], alone["world_latents"], strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(of_row, expected, strict=True))
+
+
+def test_precomputing_loads_the_encoder_only():
+    loaded = precompute_latents.load_encoder(str(ROOT))
+    held = {name.split(".")[1] for name, parameter in loaded.named_parameters() if not parameter.is_meta}
+    assert held == {"world_encoder"}
