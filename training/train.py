@@ -29,7 +29,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel, TrainerCallback
+from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 from transformers.utils import CONFIG_NAME
@@ -460,6 +460,7 @@ def prepare(arguments: list[str], callbacks: Sequence[TrainerCallback] = ()) -> 
     context = text_config.max_position_embeddings
     collator = ConversationCollator(processor, min(config.max_length or context, context))
     train_dataset, eval_dataset = load_data(args, collator)
+    set_seed(config.seed)  # for the adapter's weights; the Trainer sets it again
     model = load_model(args)
     if is_latents(args.dataset):
         model.model.world_encoder = RemovedEncoder()

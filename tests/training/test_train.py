@@ -331,6 +331,12 @@ def test_bfloat16_trains_an_adapter_in_float32(dataset, tmp_path):
     torch.testing.assert_close(*map(torch.tensor, (losses_of(run.state.log_history), exact)), atol=0.3, rtol=0.1)
 
 
+def test_a_seed_reproduces_the_losses_of_an_adapter(latents, tmp_path):
+    options = {"dataset": latents, "train": "lora", "max_steps": 2, "output_dir": tmp_path, "overwrite": True}
+    one, same, other = (losses_of(run_train(**options, seed=seed).state.log_history) for seed in (1, 1, 2))
+    assert one == same != other
+
+
 def test_compiled_steps_have_the_same_losses(latents, tmp_path):
     options = {"dataset": latents, "train": "lora", "output_dir": tmp_path, "gradient_checkpointing": False}
     plain = losses_of(run_train(**options).state.log_history)
