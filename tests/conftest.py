@@ -21,7 +21,7 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
-from transformers import AutoModel, AutoProcessor  # noqa: E402
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, Gemma3Processor  # noqa: E402
 
 
 pytest.register_assert_rewrite("tests.helpers")
@@ -71,6 +71,17 @@ def convert(sources, tmp_path_factory):
 def gemma_folder(tmp_path_factory) -> Path:
     """A Gemma 3 with its vision tower."""
     return make_multimodal_gemma(tmp_path_factory.mktemp("multimodal") / "gemma3")
+
+
+@pytest.fixture
+def gemma(gemma_folder):
+    """Gemma 3's own class, for the expected numbers."""
+    return AutoModelForImageTextToText.from_pretrained(gemma_folder).eval()
+
+
+@pytest.fixture
+def gemma_processor(gemma_folder):
+    return Gemma3Processor.from_pretrained(gemma_folder)
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from PIL import Image
 from transformers import TrainerCallback
 
 from recipe.lora_new_question import scenes_with_a_smallest
@@ -27,6 +28,12 @@ def write_conversations(folder: Path, number: int = 16) -> Path:
                 ]
             file.write(json.dumps({"messages": messages, "images": [f"images/{seed}.png"]}) + "\n")
     return folder / "train.jsonl"
+
+
+def turn(role: str, *parts: str | Image.Image) -> dict:
+    """A message of texts and images."""
+    content = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts]
+    return {"role": role, "content": content}
 
 
 def options_of(**options) -> list[str]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, Gemma3Processor
+from transformers import AutoModel, AutoProcessor
 
 from tests.helpers.fresh import load_fresh
 from tests.helpers.modeling import QUESTION, generate, logits_of
@@ -29,16 +29,6 @@ TIMES = ("0.000s", "0.500s", "1.000s")
 @pytest.fixture
 def checkpoint(convert_whole):
     return convert_whole()
-
-
-@pytest.fixture
-def gemma(gemma_folder):
-    return AutoModelForImageTextToText.from_pretrained(gemma_folder).eval()
-
-
-@pytest.fixture
-def gemma_processor(gemma_folder):
-    return Gemma3Processor.from_pretrained(gemma_folder)
 
 
 def block(token: str, world: bool, vision: bool) -> str:

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModel, pipeline
+from transformers import pipeline
 
 from tests.helpers.generation import chat_inputs
-from theworld import TheWorldConfig, TheWorldProcessor
+from theworld import TheWorldConfig
 from theworld.videos_theworld import Clip, Sampling, flatten_videos, open_clip, open_file
 
 
@@ -34,18 +34,8 @@ def fives(texts: str, times: int = 64) -> str:
 
 
 @pytest.fixture
-def folder(convert):
+def checkpoint(convert):
     return convert("gemma2")
-
-
-@pytest.fixture
-def processor(folder):
-    return TheWorldProcessor.from_pretrained(folder)
-
-
-@pytest.fixture
-def model(folder):
-    return AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
 
 
 def ask(processor, video, question=QUESTION, **options):
@@ -259,10 +249,10 @@ def test_gradients_reach_what_the_encoder_remembers(model, processor):
     assert {name for name, _ in model.named_parameters()} - reached == set()
 
 
-def test_the_pipeline_takes_a_video(folder, processor, model):
+def test_the_pipeline_takes_a_video(checkpoint, processor, model):
     video = frames(5)
     content = [{"type": "video", "video": video}, {"type": "text", "text": QUESTION}]
-    pipe = pipeline("image-text-to-text", model=str(folder), trust_remote_code=True)
+    pipe = pipeline("image-text-to-text", model=str(checkpoint), trust_remote_code=True)
     answers = pipe(
         text=[{"role": "user", "content": content}], max_new_tokens=6, do_sample=False, return_full_text=False
     )

@@ -17,26 +17,14 @@ from transformers import (
     AutoProcessor,
     DynamicCache,
     Gemma3Config,
-    Gemma3Processor,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, modeling
 from tests.helpers.checkpoints import TEXT_CONFIGS, VISION_FIELDS
 from tests.helpers.commands import run_theworld
 from tests.helpers.docs import sentences, snippets
 from tests.helpers.fresh import load_fresh
-from tests.helpers.modeling import (
-    FLOAT32_TOLERANCE,
-    QUESTION,
-    check_compiled_decoding,
-    check_compiled_model,
-    gemmas_inputs,
-    generate,
-    logits_of,
-    pictures,
-    without_images,
-)
 from theworld import TheWorldConfig
 from theworld.checkpoints.tensors import map_gemma_key
 from theworld.convert_weights import main
@@ -47,7 +35,7 @@ FIGURE = snippets("README.md", "text")[0].code
 
 MODALITIES_OFF = {"neither": {}, "world": {"world": False}, "vision": {"vision": False}}
 # Two images in one prompt, none, one.
-TEXTS = [f"<world>and<world>{QUESTION}", QUESTION, f"<world>{QUESTION}"]
+TEXTS = [f"<world>and<world>{modeling.QUESTION}", modeling.QUESTION, f"<world>{modeling.QUESTION}"]
 
 
 @pytest.fixture
@@ -55,19 +43,9 @@ def checkpoint(convert_whole):
     return convert_whole()
 
 
-@pytest.fixture
-def gemma(gemma_folder):
-    return AutoModelForImageTextToText.from_pretrained(gemma_folder).eval()
-
-
-@pytest.fixture
-def gemma_processor(gemma_folder):
-    return Gemma3Processor.from_pretrained(gemma_folder)
-
-
 def photos(count: int) -> list[Image.Image]:
-    """Random pictures, each three times as wide as high."""
-    return [Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize((768, 256)) for pixels in pictures(count)]
+    """Random modeling.pictures, each three times as wide as high."""
+    return [Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize((768, 256)) for pixels in modeling.pictures(count)]
 
 
 def batch(processor, **options):
@@ -107,9 +85,11 @@ def test_without_the_world_it_equals_gemma_3(gemma_folder, gemma_processor, chec
         assert torch.equal(inputs[name], expected[name]), name
     assert set(inputs) == set(expected) - {"pixel_values"}
     del expected["vision_pixel_values"]
-    assert torch.equal(logits_of(model, inputs), logits_of(gemma, expected))
+    assert torch.equal(modeling.logits_of(model, inputs), modeling.logits_of(gemma, expected))
     suppressed = model.generation_config.suppress_tokens
-    assert torch.equal(generate(model, inputs), generate(gemma, expected, suppress_tokens=suppressed))
+    assert torch.equal(
+        modeling.generate(model, inputs), modeling.generate(gemma, expected, suppress_tokens=suppressed)
+    )
 
 
 @torch.no_grad()
@@ -143,7 +123,7 @@ def test_with_both_off_the_image_leaves_no_trace(gemma, gemma_processor, model, 
     expected = gemma_processor(text=text, padding=True, return_tensors="pt")
     assert set(inputs) == set(expected)
     assert all(torch.equal(inputs[name], expected[name]) for name in expected)
-    assert torch.equal(logits_of(model, inputs), logits_of(gemma, expected))
+    assert torch.equal(modeling.logits_of(model, inputs), modeling.logits_of(gemma, expected))
 
 
 @pytest.mark.parametrize("options", [(), ("--vision-first",)])
@@ -159,7 +139,7 @@ def test_the_config_orders_the_blocks_of_an_image(convert_whole, options):
 
 @pytest.mark.parametrize("off", MODALITIES_OFF)
 def test_a_chat_can_leave_a_modality_out(processor, off):
-    content = [{"type": "image", "image": photos(1)[0]}, {"type": "text", "text": QUESTION}]
+    content = [{"type": "image", "image": photos(1)[0]}, {"type": "text", "text": modeling.QUESTION}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
         tokenize=True,
@@ -194,41 +174,43 @@ def test_every_way_to_generate_gives_one_answer(convert_whole, options, how):
     processor = AutoProcessor.from_pretrained(convert_whole(*options), trust_remote_code=True)
     inputs = batch(processor)
     if "prompt_lookup_num_tokens" in how:  # one prompt, and the first draft would be an image's block
-        inputs = processor(text=f"a?<world>{QUESTION}a?", images=photos(1), return_tensors="pt")
-    answer = generate(model, inputs)
-    assert torch.equal(generate(model, inputs, **how), answer)
+        inputs = processor(text=f"a?<world>{modeling.QUESTION}a?", images=photos(1), return_tensors="pt")
+    answer = modeling.generate(model, inputs)
+    assert torch.equal(modeling.generate(model, inputs, **how), answer)
     # Without token types, the blocks are found in the prompt.
     untyped = {name: tensor for name, tensor in inputs.items() if name != "token_type_ids"}
-    assert torch.equal(generate(model, untyped, **how), answer)
+    assert torch.equal(modeling.generate(model, untyped, **how), answer)
 
 
 def test_beams_keep_a_prompts_images_together(model, processor):
     """Every beam's prompt has the same tokens as without beams, including the crops of two images in order."""
     inputs = batch(processor, do_pan_and_scan=True)
-    with gemmas_inputs(model) as seen:
-        generate(model, inputs)
+    with modeling.gemmas_inputs(model) as seen:
+        modeling.generate(model, inputs)
         prompts = seen[0]
         seen.clear()
-        generate(model, inputs, num_beams=3)
-    torch.testing.assert_close(seen[0], prompts.repeat_interleave(3, dim=0), **FLOAT32_TOLERANCE)
+        modeling.generate(model, inputs, num_beams=3)
+    torch.testing.assert_close(seen[0], prompts.repeat_interleave(3, dim=0), **modeling.FLOAT32_TOLERANCE)
 
 
 def test_both_encoders_run_once_per_generate(model, processor):
     runs = []
     for part in (model.model.vision_tower, model.model.world_encoder):
         part.register_forward_hook(lambda module, args, output: runs.append(type(module).__name__))
-    generate(model, batch(processor))
+    modeling.generate(model, batch(processor))
     assert sorted(runs) == ["SiglipVisionModel", "TheWorldEncoder"]
 
 
 def test_chunked_prefill_rejects_splitting_a_block(model, processor):
-    inputs = processor(text=f"<world>{QUESTION}", images=photos(1), return_tensors="pt")
+    inputs = processor(text=f"<world>{modeling.QUESTION}", images=photos(1), return_tensors="pt")
     last = int((inputs["token_type_ids"] == 1).nonzero()[-1, 1])
     chunks = version.parse(transformers.__version__) >= version.parse("5.23")
     if chunks:
-        assert torch.equal(generate(model, inputs, prefill_chunk_size=last + 2), generate(model, inputs))
+        assert torch.equal(
+            modeling.generate(model, inputs, prefill_chunk_size=last + 2), modeling.generate(model, inputs)
+        )
     with pytest.raises(ValueError, match="ends inside a bidirectional image block" if chunks else "placeholders"):
-        generate(model, inputs, prefill_chunk_size=last - 3)
+        modeling.generate(model, inputs, prefill_chunk_size=last - 3)
 
 
 def test_flash_attention_is_rejected_for_bidirectional_blocks(model, processor):
@@ -245,19 +227,19 @@ def test_flash_attention_is_rejected_for_bidirectional_blocks(model, processor):
 def test_a_second_image_continues_from_the_cache(model, processor):
     """Not bit for bit: the matrix products with the cached keys have other sizes."""
     images = photos(2)
-    whole = processor(text=f"<world>{QUESTION}<world>{QUESTION}", images=images, return_tensors="pt")
-    first = processor(text=f"<world>{QUESTION}", images=images[0], return_tensors="pt")
+    whole = processor(text=f"<world>{modeling.QUESTION}<world>{modeling.QUESTION}", images=images, return_tensors="pt")
+    first = processor(text=f"<world>{modeling.QUESTION}", images=images[0], return_tensors="pt")
     length = first["input_ids"].shape[1]
     assert torch.equal(whole["input_ids"][:, :length], first["input_ids"])
     cache = DynamicCache(config=model.config.text_config)
-    logits_of(model, first, **{CACHE_NAME: cache})
+    modeling.logits_of(model, first, **{CACHE_NAME: cache})
     rest = {
         "input_ids": whole["input_ids"][:, length:],
         "pixel_values": whole["pixel_values"][1:],
         "vision_pixel_values": whole["vision_pixel_values"][1:],
     }
-    continued = logits_of(model, rest, **{CACHE_NAME: cache})
-    torch.testing.assert_close(continued, logits_of(model, whole)[:, length:], **FLOAT32_TOLERANCE)
+    continued = modeling.logits_of(model, rest, **{CACHE_NAME: cache})
+    torch.testing.assert_close(continued, modeling.logits_of(model, whole)[:, length:], **modeling.FLOAT32_TOLERANCE)
 
 
 def hand_made_masks(config, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -289,16 +271,16 @@ def test_world_blocks_are_bidirectional_if_configured(convert, family):
     assert "token_type_ids" not in inputs
     masks = hand_made_masks(model.config, inputs["input_ids"], inputs["attention_mask"])
     real = inputs["attention_mask"].bool()
-    logits = logits_of(model, inputs)[real]
+    logits = modeling.logits_of(model, inputs)[real]
     by_hand = inputs | {"attention_mask": masks if family != "gemma" else masks["full_attention"]}
-    torch.testing.assert_close(logits, logits_of(model, by_hand)[real], **FLOAT32_TOLERANCE)
+    torch.testing.assert_close(logits, modeling.logits_of(model, by_hand)[real], **modeling.FLOAT32_TOLERANCE)
     causal = AutoModel.from_pretrained(convert(family), **options).eval()
-    assert (logits - logits_of(causal, inputs)[real]).abs().max() > 1e-3
-    assert torch.equal(generate(model, inputs), generate(model, inputs, use_cache=False))
+    assert (logits - modeling.logits_of(causal, inputs)[real]).abs().max() > 1e-3
+    assert torch.equal(modeling.generate(model, inputs), modeling.generate(model, inputs, use_cache=False))
 
 
 def test_an_unfrozen_tower_gets_gradients(model, processor):
-    inputs = processor(text=f"<world>{QUESTION}", images=photos(1), return_tensors="pt")
+    inputs = processor(text=f"<world>{modeling.QUESTION}", images=photos(1), return_tensors="pt")
     model.train()
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
     for part in (model.model.vision_tower, model.model.multi_modal_projector, model.model.world_projection):
@@ -315,8 +297,8 @@ def test_weights_arrive_bit_for_bit_and_survive_a_save(gemma, model, processor, 
     inputs = batch(AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True), do_pan_and_scan=True)
     expected = batch(processor, do_pan_and_scan=True)
     assert all(torch.equal(inputs[name], expected[name]) for name in expected)
-    assert torch.equal(logits_of(again, inputs), logits_of(model, expected))
-    assert torch.equal(load_fresh(inputs, tmp_path)[0], logits_of(model, expected))
+    assert torch.equal(modeling.logits_of(again, inputs), modeling.logits_of(model, expected))
+    assert torch.equal(load_fresh(inputs, tmp_path)[0], modeling.logits_of(model, expected))
 
 
 def test_a_new_projector_is_initialized_as_in_gemma_3(model):
@@ -332,7 +314,7 @@ def test_encoded_images_replace_pixels(model, processor):
         "vision": model.get_vision_features(inputs["vision_pixel_values"]),
     }
     bare = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    assert torch.equal(logits_of(model, bare, mm_encoder_outputs=features), logits_of(model, inputs))
+    assert torch.equal(modeling.logits_of(model, bare, mm_encoder_outputs=features), modeling.logits_of(model, inputs))
     with pytest.raises(ValueError, match="as `vision_pixel_values` or as `mm_encoder_outputs`"):
         vision = {"vision": features["vision"]}
         model(**inputs, mm_encoder_outputs=vision)
@@ -342,7 +324,7 @@ def test_embeddings_in_place_of_ids_give_the_same(model, processor):
     inputs = batch(processor)
     embedded = {name: tensor for name, tensor in inputs.items() if name not in ("input_ids", "token_type_ids")}
     embedded["inputs_embeds"] = model.get_input_embeddings()(inputs["input_ids"])
-    assert torch.equal(logits_of(model, embedded), logits_of(model, inputs))
+    assert torch.equal(modeling.logits_of(model, embedded), modeling.logits_of(model, inputs))
 
 
 def test_latents_are_for_the_world_only(model, processor):
@@ -351,7 +333,7 @@ def test_latents_are_for_the_world_only(model, processor):
     from_latents = processor(
         text=TEXTS, world_latents=[[*latents[:2]], [], [latents[2]]], vision=False, padding=True, return_tensors="pt"
     )
-    assert torch.equal(logits_of(model, from_latents), logits_of(model, inputs))
+    assert torch.equal(modeling.logits_of(model, from_latents), modeling.logits_of(model, inputs))
     with pytest.raises(ValueError, match="tower does not read latents"):
         processor(text="<world>", world_latents=latents[:1])
 
@@ -361,7 +343,7 @@ def test_a_modality_without_its_images_is_rejected(model, processor):
     with pytest.raises(ValueError, match="has `<image_soft_token>` placeholders .* Pass `vision_pixel_values`"):
         model(**{name: tensor for name, tensor in inputs.items() if name != "vision_pixel_values"})
     with pytest.raises(ValueError, match="has `<world>` placeholders .* Pass `pixel_values` or `world_latents`"):
-        model(**without_images(inputs))
+        model(**modeling.without_images(inputs))
     with pytest.raises(
         ValueError,
         match=r"2 image\(s\) of 64 Gemma's own tokens need 128 `<image_soft_token>` .* \[128, 0, 64",
@@ -395,7 +377,7 @@ def test_a_model_without_vision_says_so(convert):
         processor(text="<world>", images=photos(1), vision=True)
     with pytest.raises(ValueError, match="`do_pan_and_scan` needs a model with `vision_config`"):
         processor(text="<world>", images=photos(1), do_pan_and_scan=True)
-    inputs = processor(text=f"<world>{QUESTION}", images=photos(1), return_tensors="pt")
+    inputs = processor(text=f"<world>{modeling.QUESTION}", images=photos(1), return_tensors="pt")
     encoded = {"vision": BaseModelOutputWithPooling(pooler_output=torch.zeros(1, 64, 64))}
     with pytest.raises(ValueError, match="Got Gemma's own tokens of images, but this model has no `vision_token_id`"):
         model(**inputs, mm_encoder_outputs=encoded)
@@ -422,7 +404,7 @@ def test_ask_shows_both_modalities(checkpoint, tmp_path):
 @torch.no_grad()
 def test_the_cards_figure_has_the_right_shapes(model, processor):
     inputs = processor(
-        text=f"<world>{QUESTION}", images=photos(1), size={"height": 32, "width": 48}, return_tensors="pt"
+        text=f"<world>{modeling.QUESTION}", images=photos(1), size={"height": 32, "width": 48}, return_tensors="pt"
     )
     world = model.get_image_features(inputs["pixel_values"])
     vision = model.get_vision_features(inputs["vision_pixel_values"])
@@ -536,8 +518,8 @@ def test_a_gemma_in_the_hubs_layout_converts_the_same(sources, gemma_folder, che
 
 
 def test_compiled_decoding_gives_the_same_answer(model, processor):
-    check_compiled_decoding(model, batch(processor))
+    modeling.check_compiled_decoding(model, batch(processor))
 
 
 def test_a_compiled_model_gives_the_same_logits(model, processor):
-    check_compiled_model(model, batch(processor))
+    modeling.check_compiled_model(model, batch(processor))

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 from tests.helpers.fresh import load_fresh
-from tests.helpers.training_runs import losses_of, run_train, write_conversations
+from tests.helpers.training_runs import losses_of, run_train, turn, write_conversations
 from theworld import TheWorldForConditionalGeneration
 from theworld.checkpoints.merge import merge
 from theworld.evaluation.scenes import draw_scene
@@ -38,22 +38,17 @@ def encode(checkpoint, dataset, folder) -> None:
 
 def rows() -> list[dict]:
     """Two images in two turns of three; none."""
-    pictures = [draw_scene(seed).image for seed in (1, 2)]
-    image = {"type": "image"}
-
-    def turn(role: str, *parts) -> dict:
-        return {"role": role, "content": [p if isinstance(p, dict) else {"type": "text", "text": p} for p in parts]}
-
+    one, other = (draw_scene(seed).image for seed in (1, 2))
     conversation = [
-        turn("user", image, "What is it?"),
+        turn("user", one, "What is it?"),
         turn("assistant", "a star"),
         turn("user", "Sure?"),
         turn("assistant", "yes"),
-        turn("user", "And this?", image),
+        turn("user", "And this?", other),
         turn("assistant", "a circle"),
     ]
     text = [turn("user", "How many?"), turn("assistant", "three")]
-    return [{"messages": conversation, "images": pictures}, {"messages": text, "images": []}]
+    return [{"messages": conversation, "images": [one, other]}, {"messages": text, "images": []}]
 
 
 @pytest.mark.parametrize("modalities", SWITCHES)

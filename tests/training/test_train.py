@@ -26,7 +26,7 @@ from recipe.evaluate import SceneEvaluation
 from tests.helpers import ROOT
 from tests.helpers.docs import command
 from tests.helpers.fresh import load_fresh, run_fresh
-from tests.helpers.training_runs import losses_of, run_train, write_conversations
+from tests.helpers.training_runs import losses_of, run_train, turn, write_conversations
 from theworld import TheWorldForConditionalGeneration
 from theworld.checkpoints import verify
 from theworld.convert_weights import MODEL_FILES
@@ -64,11 +64,6 @@ def latents(dataset, tmp_path_factory) -> Path:
 
 def copy_of_the_bundled_model(folder: Path) -> Path:
     return shutil.copytree(ROOT, folder, ignore=lambda at, names: [n for n in names if (Path(at) / n).is_dir()])
-
-
-def turn(role: str, *parts: str | Image.Image) -> dict:
-    content = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts]
-    return {"role": role, "content": content}
 
 
 @pytest.fixture
