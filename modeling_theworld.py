@@ -842,8 +842,8 @@ class TheWorldForConditionalGeneration(TheWorldPreTrainedModel, TheWorldGenerati
                 `<world_video>` placeholders.
             world_latents_videos: [V, 1 + k, z, h, w], or a list of [1 + k, z, h, w], instead of
                 `pixel_values_videos`.
-            vision_pixel_values: [C, 3, s, s], floating point, with s the size of `config.vision_config`; the images of
-                all prompts and their crops, in their order.
+            vision_pixel_values: [C, 3, s, s], floating point, with s the size of `config.vision_config`; the images,
+                their crops and the frames of videos, in the order of the prompts.
             token_type_ids: [batch, S], 1 at the placeholders of Gemma's own image tokens, 2 at those of world tokens:
                 the blocks that may have bidirectional attention. If None, they are found in the prompt.
             mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`, as `generate` does,
