@@ -2,8 +2,7 @@
 """Loads conversations about images, checks them row by row, and makes batches with labels."""
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,13 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset, Features, Image, Json, List, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-from jinja2 import TemplateError
 from PIL import UnidentifiedImageError
 from tqdm import tqdm
 from trl import prepare_multimodal_messages
 
 from theworld import TheWorldProcessor
 from theworld.images_theworld import read_image
+from theworld.training.formats import read_formats, row_errors
 from theworld.validation_theworld import IGNORE_INDEX
 
 
@@ -32,13 +31,17 @@ FOREIGN_PLACEHOLDERS = ("<image>", "<video>", "<audio>")
 FORMAT = (
     "A row needs `messages`, a list of {role, content} whose roles are system, user and assistant, and `images`, a "
     'list of images. An image replaces {"type": "image"} in a list as content. If all content is text, images come '
-    "before the first question."
+    "before the first question. LLaVA's `conversations` and `image` are read as well."
 )
 
 
-def load_conversations(name: str, split: str, collator: "ConversationCollator") -> Dataset:
+def load_conversations(
+    name: str, split: str, collator: "ConversationCollator", image_root: str | Path | None = None
+) -> Dataset:
     """
     Conversations in TRL's vision format: `messages`, and `images`, a list with one image for each placeholder.
+
+    LLaVA's format is read too: `conversations` in place of `messages`, and `image` in place of `images`.
 
     Renders every row and decodes every image, so that a bad row ends a run before its first step.
 
@@ -47,6 +50,7 @@ def load_conversations(name: str, split: str, collator: "ConversationCollator") 
             the file or the folder.
         split: A split or a part of one, such as "train[:90%]". The only split of a file is "train".
         collator: The collator that will make batches of the rows.
+        image_root: A folder to which image paths are relative instead, and which they may not leave.
 
     Raises:
         ValueError: If the dataset has no such split, a column is missing or would be ignored, or a row cannot be
@@ -57,6 +61,8 @@ def load_conversations(name: str, split: str, collator: "ConversationCollator") 
         dataset, folder = load_file(path, split), path.parent
     else:
         dataset, folder = load_rows(name, split), path
+    folder = folder if image_root is None else Path(image_root)
+    dataset = read_formats(dataset)
     check_columns(dataset, name)
     dataset = dataset.select_columns(list(COLUMNS))
     if not isinstance(getattr(dataset.features["images"], "feature", None), Image):
@@ -105,14 +111,7 @@ def check_columns(dataset: Dataset, name: str) -> None:
     columns = dataset.column_names
     missing = [column for column in COLUMNS if column not in columns]
     if missing:
-        llava = (
-            ' This is LLaVA\'s format: write `from` "human" as `role` "user" and "gpt" as "assistant", `value` as '
-            '`content`, and <image> as {"type": "image"}.'
-        )
-        raise ValueError(
-            f"{name} has the columns {', '.join(columns)}, but no {' and no '.join(missing)}. {FORMAT}"
-            f"{llava if 'conversations' in columns else ''}"
-        )
+        raise ValueError(f"{name} has the columns {', '.join(columns)}, but no {' and no '.join(missing)}. {FORMAT}")
     for column in sorted(set(OTHER_CONTENT) & set(columns)):
         number = first_filled(dataset, column)
         if number is not None:
@@ -135,15 +134,6 @@ def first_filled(dataset: Dataset, column: str) -> int | None:
         filled = pc.fill_null(pc.greater(pc.binary_length(values), 0), False)
     number = pc.index(filled, True).as_py()
     return None if number < 0 else number
-
-
-@contextmanager
-def row_errors(number: int) -> Iterator[None]:
-    """Adds the row's number to errors."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError, TemplateError) as error:
-        raise ValueError(f"Row {number} of the dataset cannot be trained on: {error}") from error
 
 
 def check_list(images: Any) -> list:

@@ -66,13 +66,21 @@ def encode(model: TheWorldForConditionalGeneration, processor: TheWorldProcessor
     return latents
 
 
-def precompute(model: str, dataset: str, split: str, output_dir: Path, rows_per_shard: int, dtype: str) -> None:
+def precompute(
+    model: str,
+    dataset: str,
+    split: str,
+    output_dir: Path,
+    rows_per_shard: int,
+    dtype: str,
+    image_root: Path | None = None,
+) -> None:
     """
     Writes the shards that are missing in `output_dir`; of several processes, each writes its share of all shards.
 
     Args:
         model: Folder or Hub repo of a TheWorld checkpoint.
-        dataset, split: See [`load_conversations`].
+        dataset, split, image_root: See [`load_conversations`].
         output_dir: A new folder, or the folder of an interrupted run with the same options.
         rows_per_shard: Rows in each shard; the last may have fewer.
         dtype: Stored dtype, "float32" or "float16".
@@ -86,7 +94,7 @@ def precompute(model: str, dataset: str, split: str, output_dir: Path, rows_per_
     processor = AutoProcessor.from_pretrained(model, trust_remote_code=True)
     processor.world, processor.vision = True, False
     context = AutoConfig.from_pretrained(model, trust_remote_code=True).text_config.max_position_embeddings
-    rows = load_conversations(dataset, split, ConversationCollator(processor, context))
+    rows = load_conversations(dataset, split, ConversationCollator(processor, context), image_root)
     rank, processes, local_rank = (int(os.environ.get(n, d)) for n, d in LAUNCHED.items())
     encoder = load_encoder(model)
     encoder.model.world_encoder.to(f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
@@ -135,6 +143,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--model", required=True, metavar="PATH_OR_REPO", help="model whose encoder to use")
     add("--dataset", required=True, metavar="PATH_OR_REPO", help="dataset of conversations (see theworld train)")
     add("--output-dir", required=True, type=Path, metavar="DIR", help="folder of latents to write, or to complete")
+    add("--image-root", type=Path, metavar="DIR", help="folder of the dataset's image paths (that of the dataset)")
     add("--split", default="train", metavar="NAME", help="split to encode (%(default)s)")
     add("--dtype", default="float16", choices=("float16", "float32"), help="dtype of the stored latents (%(default)s)")
     add("--rows-per-shard", type=int, default=500, metavar="N", help="rows in a shard (%(default)s)")

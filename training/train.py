@@ -66,6 +66,9 @@ class Arguments:
     split: str = field(
         default="train", metadata={"help": "Split of the dataset to train on, or a part such as 'train[:9000]'."}
     )
+    image_root: str | None = field(
+        default=None, metadata={"help": "Folder of the dataset's image paths, if it is not that of the dataset."}
+    )
     eval_split: str | None = field(
         default=None,
         metadata={"help": "Split to evaluate on, with --eval_strategy. For a file, a part such as 'train[9000:]'."},
@@ -259,12 +262,15 @@ def freeze_untrained(model: PreTrainedModel, args: Arguments, world: bool = True
 def load_data(args: Arguments, collator: ConversationCollator) -> tuple[Dataset, Dataset | None]:
     """The conversations to train on, and to evaluate on."""
     if not is_latents(args.dataset):
-        trained = load_conversations(args.dataset, args.split, collator)
-        return trained, load_conversations(args.dataset, args.eval_split, collator) if args.eval_split else None
+        splits = [args.split, *([args.eval_split] if args.eval_split else [])]
+        loaded = [load_conversations(args.dataset, split, collator, args.image_root) for split in splits]
+        return loaded[0], loaded[1] if args.eval_split else None
     if args.train == "all":
         raise ValueError("--train all trains the encoder, which needs images, not latents. Give the dataset itself.")
     if args.eval_split is not None:
         raise ValueError(f"{args.dataset} contains the latents of one split. Omit --eval-split.")
+    if args.image_root is not None:
+        raise ValueError(f"{args.dataset} contains latents, not paths of images. Omit --image-root.")
     return load_latents(Path(args.dataset), args.model, collator, args.split), None
 
 

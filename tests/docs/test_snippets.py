@@ -191,6 +191,8 @@ def check_command(words: list[str], folder: Path) -> None:
             check_parsed(subcommand, arguments)
         case ["accelerate" | "torchrun", *_] if "-m theworld.cli train" in shlex.join(words):
             check_parsed("train", words[words.index("theworld.cli") + 2 :])
+        case ["torchrun", _, _, _, _, "precompute-latents", *arguments]:  # test_distributed.py runs it
+            check_parsed("precompute-latents", arguments)
         case _:
             pytest.fail(f"no test runs {shlex.join(words)!r}")
 

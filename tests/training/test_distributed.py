@@ -315,13 +315,16 @@ def test_tp_rejects_heads_that_it_cannot_split():
 def test_two_processes_make_the_latents_of_one(tmp_path):
     """They are killed after the first shard, and continue as three."""
     dataset = write_conversations(tmp_path / "data", 10)
+    (tmp_path / "my-theworld").symlink_to(ROOT)
 
     def start(processes: int, folder: str) -> subprocess.Popen:
-        launcher = [Path(sys.executable).parent / "torchrun", "--nproc-per-node", str(processes), "-m", "theworld.cli"]
-        words = ["precompute-latents", "--model", ROOT, "--dataset", dataset, "--output-dir", tmp_path / folder]
+        words = command("docs/finetuning.md", "theworld.cli precompute-latents").split()
+        words[0] = str(Path(sys.executable).parent / words[0])
+        changed = {"--nproc-per-node": processes, "--output-dir": folder, "--rows-per-shard": 1}
+        for option, value in changed.items():
+            words[words.index(option) + 1] = str(value)
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command = [*launcher, *words, "--rows-per-shard", "1"]
-        return subprocess.Popen(command, env=environment, start_new_session=True)
+        return subprocess.Popen(words, cwd=tmp_path, env=environment, start_new_session=True)
 
     killed = start(2, "latents")
     while killed.poll() is None and not list((tmp_path / "latents").glob("shard-*")):

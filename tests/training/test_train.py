@@ -560,11 +560,7 @@ def asked(*content: str | dict, answer: str = "a star", **fields) -> list[dict]:
     ("row", "message"),
     [
         ({"conversation": CONVERSATION, "images": ["a.png"]}, "columns conversation, images, but no messages. A row"),
-        ({"messages": CONVERSATION, "image": "a.png"}, "but no images. A row needs `messages`"),
-        (
-            {"conversations": [{"from": "human", "value": "<image>\nWhat is it?"}], "image": "a.png"},
-            'This is LLaVA\'s format: write `from` "human" as',
-        ),
+        ({"messages": CONVERSATION, "picture": "a.png"}, "but no images. A row needs `messages`"),
         (
             {"messages": CONVERSATION, "images": [], "videos": ["a.mp4"]},
             "Row 0 of the dataset has `videos`, but",
@@ -573,7 +569,7 @@ def asked(*content: str | dict, answer: str = "a star", **fields) -> list[dict]:
         ({"messages": CONVERSATION, "images": [], "image": "a.png"}, "Row 0 of the dataset has `image`, but training"),
         ({"messages": CONVERSATION, "images": [], "tools": [{"name": "f"}]}, "Row 0 of the dataset has `tools`, but"),
     ],
-    ids=["column", "image column", "LLaVA", "videos", "a video", "an image", "tools"],
+    ids=["column", "picture column", "videos", "a video", "an image", "tools"],
 )
 def test_unread_columns_are_rejected(row, message, bundled_processor, tmp_path, capsys):
     file = written(tmp_path, row)
