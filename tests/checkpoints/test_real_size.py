@@ -59,8 +59,9 @@ def test_real_size_converts_under_3_gb_and_loads(real_size_sources, tmp_path):
     assert sum(parameter.numel() for parameter in encoder.encoder.parameters()) == 53_595_872
     assert model.get_input_embeddings().weight.shape == (256_000, 2304)
 
-    inputs = processor(text="<world>what is it", images=torch.zeros(3, 64, 64, dtype=torch.uint8), return_tensors="pt")
-    assert (inputs["input_ids"] == model.config.image_token_id).sum() == 4096  # 512 x 512 pixels by default
+    large = torch.zeros(3, 1024, 1024, dtype=torch.uint8)
+    inputs = processor(text="<world>what is it", images=large, return_tensors="pt")
+    assert (inputs["input_ids"] == model.config.image_token_id).sum() == 4096  # at most 512 x 512 pixels by default
     small = processor(
         text="<world>what is it",
         images=torch.zeros(3, 64, 64, dtype=torch.uint8),
