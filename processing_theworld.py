@@ -306,9 +306,9 @@ class TheWorldProcessor(ProcessorMixin):
                 [B, z, h, w]; or a list of [z, h, w], or a list of those for each prompt.
             kwargs: Options of the tokenizer, the image processors and videos. Videos have `fps`, or `num_frames` to
                 sample so many evenly; `max_frames`; `max_video_pixels`; `do_sample_frames=False` to read all frames;
-                and `video_metadata`,
-                whose `fps` and `frames_indices` give the times of the frames of lists and arrays, as returned by
-                `transformers.video_utils.load_video`; without it they are assumed to be at the requested rate. `size`
+                and `video_metadata`, whose `fps` and `frames_indices` give the times of the frames of lists and
+                arrays, as returned by `transformers.video_utils.load_video`; without it they are assumed to be at the
+                requested rate. `size`
                 applies to images and frames that become world tokens; `do_pan_and_scan` and related options apply to
                 images that Gemma's tower reads. `world=False` or `vision=False` removes one modality from prompts and
                 inputs: with `world=False` they equal those of Gemma 3's processor; with neither, images and videos
@@ -619,7 +619,7 @@ class TheWorldProcessor(ProcessorMixin):
             if max_video_pixels is not None:
                 raise ValueError(
                     "`max_video_pixels` needs `size={'shortest_edge': ..., 'longest_edge': ...}`, the least and the "
-                    "most pixels of a frame. Give that, or leave `max_video_pixels` out."
+                    "most pixels of a frame. Give it, or remove `max_video_pixels`."
                 )
             return None
         share = (self.max_video_pixels if max_video_pixels is None else max_video_pixels) // num_frames
